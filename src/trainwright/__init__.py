@@ -1,0 +1,38 @@
+"""Trainwright: one recipe, planned, trained and exported on whatever machines there are.
+
+    from trainwright import Recipe, train, load_model, generate, export
+
+Names are looked up on first use, so that importing the package does not import torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trainwright.recipe.schema import Recipe
+    from trainwright.train.api import export, generate, load_model, train
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Recipe": "trainwright.recipe.schema",
+    "train": "trainwright.train.api",
+    "load_model": "trainwright.train.api",
+    "generate": "trainwright.train.api",
+    "export": "trainwright.train.api",
+}
+
+__all__ = ["Recipe", "__version__", "export", "generate", "load_model", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    """The public names, from their rooms (PEP 562)."""
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,205 @@
+"""What a checkpoint holds: the model, its optimizers' states, and each rank's random numbers.
+
+Names do not depend on how the work is spread, so a run goes on with any number of workers:
+`model.<name>`, `optimizer.<parameter>.<key>`, `rng_<rank>.<generator>`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from hashlib import blake2b
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from trainwright.checkpoint.parts import Part
+from trainwright.checkpoint.rng import restore_rng, rng_state, seed_everything
+from trainwright.checkpoint.store import CheckpointStore
+from trainwright.errors import Mistake, UserError
+
+State = dict[str, Tensor | Part]
+Optimizers = torch.optim.Optimizer | Iterable[torch.optim.Optimizer]
+
+# Prefixes that wrapping a module adds to its parameters' names.
+_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
+
+
+def training_tensors(model: nn.Module, optimizers: Optimizers) -> State:
+    """All that a run needs to go on bit for bit, by name, sharing memory with the live tensors.
+
+    Tied parameters appear once, under their first name. The optimizers' hyperparameters are not
+    in it: they follow from the recipe and the step.
+    """
+    generators = {f"{_rng_group()}.{name}": state for name, state in rng_state().items()}
+    return {**model_state(model), **optimizer_state(model, optimizers), **generators}
+
+
+def load_training_state(
+    store: CheckpointStore,
+    step: int,
+    model: nn.Module,
+    optimizers: Optimizers,
+    *,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Put `model`, `optimizers` and the random numbers back as they were at `step`; its meta.
+
+    Any number of workers may load. A rank that the saved run did not have seeds its generators
+    from (seed, rank, step). Collective. Raises UserError when names, shapes or dtypes differ or a
+    file is damaged; the model is not to be used then.
+    """
+    saved = store.metadata(step)
+    _create_optimizer_state(model, optimizers, saved)
+    generators = {
+        name: torch.empty(tensor.shape, dtype=tensor.dtype)
+        for name, tensor in saved.items()
+        if name.startswith(f"{_rng_group()}.")
+    }
+    state: State = {**model_state(model), **optimizer_state(model, optimizers), **generators}
+    try:
+        meta = store.load(step, state)
+    except UserError as error:
+        raise UserError([*error.mistakes, *_quantised_otherwise(error, saved)]) from error
+    # Seeded first: a generator that was not saved (another kind of device) is still determined.
+    seed_everything(_seed(seed, step))
+    restore_rng({name.rpartition(".")[2]: tensor for name, tensor in generators.items()})
+    return meta
+
+
+def model_state(model: nn.Module) -> State:
+    """`model.<name>` for every parameter and persistent buffer, tied ones once."""
+    return {f"model.{name}": tensor for name, tensor in _named_tensors(model)}
+
+
+def optimizer_state(model: nn.Module, optimizers: Optimizers) -> State:
+    """`optimizer.<parameter>.<key>` for every state of every parameter.
+
+    A state that is itself made of tensors, such as an 8-bit moment, is taken apart:
+    `optimizer.<parameter>.<key>.<inner>`. Raises TypeError for a state that is no tensor.
+    """
+    names = {id(tensor): name for name, tensor in _named_tensors(model)}
+    state: State = {}
+    for optimizer in _as_list(optimizers):
+        for parameter, values in optimizer.state.items():
+            for key, value in values.items():
+                name = f"optimizer.{names[id(parameter)]}.{key}"
+                if not isinstance(value, Tensor):
+                    raise TypeError(f"{name} is no tensor but {type(value).__name__}")
+                state.update(_taken_apart(name, value))
+    return state
+
+
+def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    if isinstance(model, DistributedDataParallel):
+        model = model.module
+    for module in model.modules():
+        # After a forward pass alone, some weights are still whole: what is saved is the shard.
+        if isinstance(module, FSDPModule):
+            module.reshard()
+    seen: set[int] = set()
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor) and id(tensor) not in seen:
+            seen.add(id(tensor))
+            for wrapper in _WRAPPERS:
+                name = name.replace(wrapper, "")
+            yield name, tensor
+
+
+def _as_list(optimizers: Optimizers) -> list[torch.optim.Optimizer]:
+    return [optimizers] if isinstance(optimizers, torch.optim.Optimizer) else list(optimizers)
+
+
+def _create_optimizer_state(
+    model: nn.Module, optimizers: Optimizers, saved: Mapping[str, Any]
+) -> None:
+    """Let the optimizers make the states that are to be loaded: one step on zero gradients.
+
+    Only they know the layout. What the step does to the parameters, the load undoes.
+    """
+    names = {id(tensor): name for name, tensor in _named_tensors(model)}
+    stateful = {
+        name.removeprefix("optimizer.").rpartition(".")[0]
+        for name in saved
+        if name.startswith("optimizer.")
+    }
+    # An inner tensor's name has one more dot; no parameter is named like another's state.
+    stateful |= {name.rpartition(".")[0] for name in stateful}
+    for optimizer in _as_list(optimizers):
+        gradients = []
+        for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+            gradients.append((parameter, parameter.grad))
+            new = names[id(parameter)] in stateful and not optimizer.state.get(parameter)
+            parameter.grad = torch.zeros_like(parameter) if new else None
+        if any(parameter.grad is not None for parameter, _ in gradients):
+            optimizer.step()
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
+
+
+def _taken_apart(name: str, value: Tensor) -> State:
+    """A state as plain tensors, DTensors and parts, each under a name of its own."""
+    local = value.to_local() if isinstance(value, DTensor) else value
+    if not is_traceable_wrapper_subclass(local):
+        return {name: value}
+    inner_names, _ = local.__tensor_flatten__()
+    inner = {key: getattr(local, key) for key in inner_names}
+    if not isinstance(value, DTensor):
+        return {f"{name}.{key}": tensor for key, tensor in inner.items()}
+    return {f"{name}.{key}": _inner_part(name, key, tensor, value) for key, tensor in inner.items()}
+
+
+def _inner_part(name: str, key: str, tensor: Tensor, whole: DTensor) -> Part:
+    """Where the inner tensor of a sharded, block-wise quantised state belongs in the whole one.
+
+    torchao quantises each rank's shard by itself, in blocks of its elements in row order. Blocks
+    fit together over the ranks when shards are whole rows and begin where a block does.
+    """
+    (chunk,) = whole.__create_chunk_list__()
+    if tensor.shape == chunk.sizes:
+        return Part(tuple(whole.shape), tuple(chunk.offsets), tensor)
+    if key == "qmap":  # the table from codes to values, the same for all blocks
+        return Part(tuple(tensor.shape), (0,) * tensor.ndim, tensor)
+    row = whole.shape[1:].numel()
+    elements, first = chunk.sizes.numel(), chunk.offsets[0] * row
+    per_entry, rest = divmod(elements, tensor.numel())
+    if tensor.ndim != 1 or chunk.sizes[1:] != whole.shape[1:] or rest or first % per_entry:
+        raise UserError(
+            f"{name} is quantised in blocks that do not fit together over the workers",
+            fix="choose `optimizer.name: adamw`, or shard over a number of workers that divides "
+            f"{whole.shape[0]}",
+        )
+    return Part((whole.numel() // per_entry,), (first // per_entry,), tensor)
+
+
+def _quantised_otherwise(refused: UserError, saved: Collection[str]) -> list[Mistake]:
+    """A hint where a state is quantised on one side and plain on the other."""
+    unknown = {mistake.what.partition(" ")[0] for mistake in refused.mistakes}
+    plain_here = unknown & {_state_name(name) for name in saved}
+    plain_there = {_state_name(name) for name in unknown} & set(saved)
+    return [
+        Mistake(
+            f"{name} is quantised with one number of workers and not with the other, since small "
+            "shards are not",
+            fix="go on with the number of workers that saved the checkpoint",
+        )
+        for name in sorted(plain_here | plain_there)[:1]
+    ]
+
+
+def _state_name(inner: str) -> str:
+    return inner.rpartition(".")[0]
+
+
+def _rng_group() -> str:
+    return f"rng_{dist.get_rank() if dist.is_initialized() else 0}"
+
+
+def _seed(seed: int, step: int) -> int:
+    digest = blake2b(f"{seed} {_rng_group()} {step}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1

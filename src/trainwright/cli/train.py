@@ -1,0 +1,56 @@
+"""`trainwright train`: a recipe becomes a trained, exported model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+EXAMPLE = """
+Examples:
+
+  trainwright train examples/quickstart.yaml
+
+  trainwright train recipe.yaml training.steps=200 parallel.workers=2
+
+  torchrun --nproc-per-node 8 -m trainwright train recipe.yaml
+
+The same command continues a run that was stopped.
+"""
+
+
+def train(
+    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="Keys to change, as key.path=value.")
+    ] = None,
+) -> None:
+    """Train a recipe, or continue its run, then export the model and write the report."""
+    from rich.console import Console
+
+    from trainwright.train import api
+    from trainwright.train.launch import INTERRUPTED, RunInterrupted, WorkerFailed
+
+    console = Console()
+    try:
+        result = api.train(recipe, *(overrides or []), say=lambda text: console.print(text))
+    except RunInterrupted:
+        command = " ".join(["trainwright train", str(recipe), *(overrides or [])])
+        console.print(f"Stopped and saved. Continue with: [bold]{command}[/bold]")
+        raise typer.Exit(INTERRUPTED) from None
+    except WorkerFailed as failure:
+        typer.echo(str(failure), err=True)
+        raise typer.Exit(1) from None
+    if result is None:
+        return
+    console.print()
+    for name, value in result.figures.items():
+        shown = f"{value:,.4g}" if isinstance(value, float) else f"{value:,}"
+        console.print(f"  {name:<28}{shown}")
+    if result.export is not None:
+        console.print(f"  {'model':<28}{result.export}")
+    console.print(f"  {'report':<28}{result.report}")
+
+
+train.__doc__ = f"{train.__doc__}\n{EXAMPLE}"

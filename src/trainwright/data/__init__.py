@@ -1,0 +1,1 @@
+"""Text to `batch(step)`: sources, tokenizers, the token cache, packing and order."""

@@ -1,0 +1,1 @@
+"""Kernels: the fused operations of a decoder, each beside its plain reference."""

@@ -1,0 +1,1 @@
+"""Models: one decoder, many families; weights in and out of Hugging Face's layout."""

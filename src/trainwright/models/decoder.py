@@ -1,0 +1,220 @@
+"""The decoder: one model for every family, with Hugging Face's parameter names.
+
+Token ids go in; logits come out, or whatever a head function makes of the last hidden states.
+What sets families apart is in `DecoderConfig`; see `models.families`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trainwright.kernels.attention import Mask, attention_mask
+from trainwright.models.attention import Attention
+from trainwright.models.cache import KeyValueCache, LayerCache, visible
+from trainwright.models.families import DecoderConfig
+from trainwright.models.mlp import GatedMLP
+from trainwright.models.norm import RMSNorm
+from trainwright.models.rope import Rope, document_lengths
+from trainwright.models.rope_spec import RopeSpec
+
+
+@dataclass(frozen=True)
+class OutputHead:
+    """How hidden states become logits: scale · (hidden · weightᵀ + bias), bent by `softcap`.
+
+    weight [vocabulary, hidden], bias [vocabulary] or None; softcap c makes z into c · tanh(z / c).
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [..., hidden] to logits [..., vocabulary] in fp32."""
+        logits = F.linear(hidden, self.weight, self.bias).float()
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits
+
+
+HeadFunction = Callable[[Tensor, OutputHead], Any]
+
+
+# Where a block normalises, by Hugging Face's names: before and after attention, before and after
+# the feed-forward network. `post_attention_layernorm` stands before the latter in "pre".
+NORMS: dict[str, tuple[str | None, str | None, str | None, str | None]] = {
+    "pre": ("input_layernorm", None, "post_attention_layernorm", None),
+    "post": (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+    "both": (
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    ),
+}
+
+
+class Block(nn.Module):
+    """One layer: attention, then the feed-forward network, each added to the stream."""
+
+    def __init__(self, config: DecoderConfig, layer: int) -> None:
+        super().__init__()
+        self.self_attn = Attention(config, layer)
+        self.mlp = GatedMLP(config)
+        self.places = NORMS[config.norms]
+        for name in filter(None, self.places):
+            norm = RMSNorm(config.hidden_size, config.norm_eps, config.norm_offset)
+            self.add_module(name, norm)
+        self.multiplier = config.residual_multiplier
+
+    def forward(
+        self,
+        hidden: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Mask | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """The stream [batch, sequence, hidden] in and out; the rest as in `Attention.forward`."""
+        mixed = self.self_attn(self.normed(0, hidden), cos, sin, mask, cache)
+        hidden = self.added(hidden, self.normed(1, mixed))
+        mixed = self.mlp(self.normed(2, hidden))
+        return self.added(hidden, self.normed(3, mixed))
+
+    def normed(self, place: int, x: Tensor) -> Tensor:
+        name = self.places[place]
+        return x if name is None else getattr(self, name)(x)
+
+    def added(self, stream: Tensor, branch: Tensor) -> Tensor:
+        return stream + (branch if self.multiplier == 1.0 else branch * self.multiplier)
+
+
+class Trunk(nn.Module):
+    """Everything but the output head; its parameters' names begin with `model.`."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(
+            config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id
+        )
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps, config.norm_offset)
+        self.ropes = {spec: Rope(spec) for spec in config.layer_ropes if spec is not None}
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor | None,
+        segment_ids: Tensor | None,
+        cache: KeyValueCache | None,
+    ) -> Tensor:
+        config, tokens, device = self.config, input_ids.shape[1], input_ids.device
+        past = cache.length if cache is not None else 0
+        positions = position_ids
+        if positions is None:
+            positions = torch.arange(past, past + tokens, device=device).unsqueeze(0)
+        if cache is not None:
+            positions, segment_ids = cache.extend(positions, segment_ids)
+
+        hidden = self.embed(input_ids)
+        tables = self.rotary_tables(positions, segment_ids, tokens, hidden.dtype)
+        masks = {}
+        for window in set(config.layer_windows):
+            keys = visible(past + tokens, tokens, window)
+            masks[window] = attention_mask(
+                None if segment_ids is None else segment_ids[:, -keys:],
+                queries=tokens,
+                keys=keys,
+                window=window,
+                softcap=config.attention_softcap,
+                device=device,
+            )
+        for index, block in enumerate(self.layers):
+            cos, sin = tables[config.layer_ropes[index]]
+            mask = masks[config.layer_windows[index]]
+            hidden = block(hidden, cos, sin, mask, None if cache is None else cache.layers[index])
+        return self.norm(hidden)
+
+    def rotary_tables(
+        self, positions: Tensor, segments: Tensor | None, tokens: int, dtype: torch.dtype
+    ) -> dict[RopeSpec | None, tuple[Tensor, Tensor]]:
+        """cos and sin for each kind of layer; all layers of a kind share them.
+
+        `positions` and `segments` cover the cache and the newest `tokens`. Only frequencies that
+        depend on the document's length need angles for the cache as well.
+        """
+        tables: dict[RopeSpec | None, tuple[Tensor, Tensor]] = {}
+        for spec, rope in self.ropes.items():
+            if spec.depends_on_length:
+                lengths = document_lengths(positions, segments)
+                tables[spec] = rope.tables(positions, lengths, dtype)
+            else:
+                tables[spec] = rope.tables(positions[:, -tokens:], None, dtype)
+        none = positions.new_empty(1, tokens, 0, dtype=dtype)
+        return {**tables, None: (none, none)}
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """The stream's first value, in the type that products run in."""
+        hidden, scale = self.embed_tokens(input_ids), self.config.embedding_multiplier
+        if scale != 1.0:
+            # Rounded to the stream's type first, as the families that scale were trained.
+            hidden = hidden * torch.full((), scale, dtype=hidden.dtype, device=hidden.device)
+        kind = hidden.device.type
+        if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+            hidden = hidden.to(torch.get_autocast_dtype(kind))
+        return hidden
+
+
+class Decoder(nn.Module):
+    """A causal language model. Build it with `models.weights.new_model` or `load_model`."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Trunk(config)
+        # Tied models have no second matrix, nor a second name for the first.
+        if not config.tied_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The layers, each to be recomputed, compiled and sharded by itself."""
+        return list(self.model.layers)
+
+    def new_cache(self, capacity: int = 256) -> KeyValueCache:
+        """An empty key-value cache with room for `capacity` tokens a row."""
+        return KeyValueCache(self.config, capacity)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        position_ids: Tensor | None = None,
+        segment_ids: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        head: HeadFunction | None = None,
+    ) -> Any:
+        """Logits [batch, sequence, vocabulary] in fp32, or what `head` returns.
+
+        input_ids [batch, sequence]. position_ids, of that shape, default to counting on from the
+        cache. segment_ids, of that shape, number each row's documents: a token attends to earlier
+        tokens of its own segment only; -1 is padding; None means one unpadded document a row,
+        which is faster. `head` is called as `head(hidden [batch, sequence, hidden], OutputHead)`
+        while a sharded head is whole.
+        """
+        hidden = self.model(input_ids, position_ids, segment_ids, cache)
+        matrix = self.model.embed_tokens if self.config.tied_embeddings else self.lm_head
+        output_head = OutputHead(
+            matrix.weight, None, self.config.logit_multiplier, self.config.logit_softcap
+        )
+        return output_head.logits(hidden) if head is None else head(hidden, output_head)

@@ -1,0 +1,243 @@
+"""What the schema cannot see: whether a recipe's parts fit each other, the disk and the packages.
+
+Each check takes a draft whose broken parts are None, so that all mistakes come in one report.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+from trainwright.data.sources import check_source
+from trainwright.errors import Mistake
+from trainwright.planner.known_model import (
+    directory_vocabulary,
+    known_config,
+    known_vocabulary,
+    read_local_config,
+)
+from trainwright.planner.layout import batch_mistakes, layout_mistakes
+from trainwright.recipe.load import Check, Draft
+from trainwright.recipe.paths import is_spelt_as_path
+from trainwright.recipe.schema import DataSection, Training
+
+_TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+def check_model_shape(draft: Draft) -> Iterator[Mistake]:
+    """A new model's family, preset and config; a local model's config."""
+    if draft.model is not None:
+        known_config(draft.model, draft.tokenizer)  # raises UserError with all of them
+    yield from ()
+
+
+def check_model_directory(draft: Draft) -> Iterator[Mistake]:
+    """A pretrained model's directory: that it is there, and has a config and safetensors."""
+    if draft.model is None or draft.model.path is None:
+        return
+    path, key = Path(draft.model.path), "model.path"
+    if not path.is_dir():
+        if path.is_file():
+            yield Mistake(f"{path} is a file", "name the directory that it lies in", key)
+        elif is_spelt_as_path(draft.model.path) or draft.model.path.count("/") > 1:
+            yield Mistake(f"there is no directory {path}", _near_directory(path), key)
+        return
+    config = path / "config.json"
+    if not config.is_file():
+        fix = "name a model in Hugging Face's layout, such as a run's `export` folder"
+        yield Mistake(f"{path} has no config.json", fix, key)
+    elif read_local_config(draft.model) is None:
+        yield Mistake(f"{config} is not a JSON object", "save or download the model anew", key)
+    if not any(path.glob("*.safetensors")):
+        fix = "name a model in Hugging Face's layout, such as a run's `export` folder"
+        if any(path.glob("*.bin")):
+            fix = (
+                "its .bin files are pickles, which can run code and are not read; load the model "
+                "in transformers once and `save_pretrained` it"
+            )
+        yield Mistake(f"{path} has no weights in safetensors", fix, key)
+
+
+def check_tokenizer(draft: Draft) -> Iterator[Mistake]:
+    """That there is a tokenizer, where it is said to be."""
+    if draft.model is None or "tokenizer" in draft.broken:
+        return
+    tokenizer = draft.tokenizer
+    if tokenizer is None:
+        if draft.model.family is not None:
+            yield Mistake(
+                "a new model needs a tokenizer",
+                "write `tokenizer: {train: {vocab_size: 4096}}`, `tokenizer: bytes`, or "
+                "`tokenizer: DIRECTORY`",
+                key="tokenizer",
+            )
+        elif Path(draft.model.path or "").is_dir() and not _has_tokenizer(draft.model.path or ""):
+            what = f"{draft.model.path} has no tokenizer of its own"
+            fix = "write `tokenizer: DIRECTORY` with the tokenizer that the model was trained with"
+            yield Mistake(what, fix, key="tokenizer")
+        return
+    if tokenizer.train is not None and draft.model.path is not None:
+        yield Mistake(
+            "a pretrained model knows the tokens of its own tokenizer only",
+            "leave `tokenizer` out; to train a tokenizer, train a new model",
+            key="tokenizer.train",
+        )
+    path = tokenizer.path
+    if path is None or path == "bytes":
+        return
+    if Path(path).is_dir():
+        if not _has_tokenizer(path):
+            fix = "name a directory with a tokenizer.json"
+            yield Mistake(f"{path} holds no tokenizer", fix, key="tokenizer.path")
+    elif is_spelt_as_path(path):
+        what = f"there is no directory {path}"
+        yield Mistake(what, _near_directory(Path(path)), key="tokenizer.path")
+
+
+def check_vocabulary(draft: Draft) -> Iterator[Mistake]:
+    """A tokenizer with more entries than the model has embeddings, where both are known."""
+    if draft.model is None or "tokenizer" in draft.broken:
+        return
+    tokens = known_vocabulary(draft.tokenizer)
+    if draft.tokenizer is None and draft.model.path is not None:
+        tokens = directory_vocabulary(Path(draft.model.path))
+    config = read_local_config(draft.model) or draft.model.config
+    entries = config.get("vocab_size")
+    if tokens is None or not isinstance(entries, int) or tokens <= entries:
+        return
+    what = f"the tokenizer has {tokens:,} tokens, but the model's vocabulary is {entries:,}"
+    if draft.model.family is not None:
+        fix = f"leave `vocab_size` out, or write `vocab_size: {tokens}`"
+        yield Mistake(what, fix, key="model.config.vocab_size")
+    else:
+        fix = "use the tokenizer that the model was trained with"
+        key = "model.path" if draft.tokenizer is None else "tokenizer"
+        yield Mistake(what, fix, key=key)
+
+
+def check_sequence_length(draft: Draft) -> Iterator[Mistake]:
+    """Rows longer than the positions that the model knows."""
+    if draft.model is None or draft.data is None:
+        return
+    length = draft.data.sequence_length
+    if draft.model.family is not None:
+        config = known_config(draft.model, draft.tokenizer)
+        most = config.max_positions if config is not None else None
+        fix = (
+            f"write `sequence_length: {most}`, or `model.config.max_position_embeddings: {length}`"
+        )
+    else:
+        most = (read_local_config(draft.model) or {}).get("max_position_embeddings")
+        fix = f"write `sequence_length: {most}` or less"
+    if isinstance(most, int) and length > most:
+        what = f"rows of {length:,} tokens are longer than the model's {most:,} positions"
+        yield Mistake(what, fix, key="data.sequence_length")
+
+
+def check_sources(draft: Draft) -> Iterator[Mistake]:
+    """Files that are missing, empty or not what they are said to be."""
+    if draft.data is None:
+        return
+    for index, source in enumerate(draft.data.sources):
+        yield from check_source(source, f"data.sources.{index}")
+    if isinstance(draft.data.validation, list):
+        for index, source in enumerate(draft.data.validation):
+            yield from check_source(source, f"data.validation.{index}")
+
+
+def check_layout(draft: Draft) -> Iterator[Mistake]:
+    """Degrees and batch against the workers, where the recipe itself says how many there are."""
+    parallel, training = draft.parallel, draft.training
+    world = parallel.workers if parallel is not None and parallel.workers != "auto" else None
+    if parallel is not None and world is not None:
+        yield from layout_mistakes(parallel, world)
+    if training is not None:
+        yield from batch_mistakes(training, draft.data, parallel, world)
+
+
+def check_schedule(draft: Draft) -> Iterator[Mistake]:
+    """A warm-up, or warm-up and decay, that do not fit into the run."""
+    schedule = draft.schedule
+    if schedule is None:
+        return
+    if schedule.warmup >= 1:
+        steps = _steps(draft.training, draft.data)
+        if steps is not None and schedule.warmup >= steps:
+            what = f"the warm-up of {schedule.warmup:g} steps is as long as the run ({steps} steps)"
+            share = "write a share of the run, such as `warmup: 0.03`, or fewer steps"
+            yield Mistake(what, share, key="schedule.warmup")
+    elif schedule.name == "wsd" and schedule.warmup + schedule.decay > 1:
+        what = f"warm-up {schedule.warmup:g} and decay {schedule.decay:g} are more than the run"
+        yield Mistake(what, "let them sum to at most 1", key="schedule.decay")
+
+
+def check_best(draft: Draft) -> Iterator[Mistake]:
+    """The best checkpoint is the one with the lowest held-out loss: something must be held out."""
+    if draft.checkpoint is None or draft.data is None or not draft.checkpoint.keep_best:
+        return
+    if draft.data.validation in (0, []):
+        yield Mistake(
+            "the best checkpoint is known by its held-out loss, but nothing is held out",
+            "write `data.validation: 0.01`, or leave `keep_best` out",
+            key="checkpoint.keep_best",
+        )
+
+
+def check_installed(draft: Draft) -> Iterator[Mistake]:
+    """Optional packages that the recipe asks for."""
+    wants_8bit = draft.optimizer is not None and draft.optimizer.name == "adamw-8bit"
+    if wants_8bit and not _is_installed("torchao"):
+        yield Mistake(
+            "`adamw-8bit` needs the package torchao, which is not installed",
+            "`pip install 'trainwright[quant]'`, or write `name: adamw`",
+            key="optimizer.name",
+        )
+    for index, tracker in enumerate(draft.tracking.to if draft.tracking is not None else ()):
+        if not _is_installed(_TRACKERS[tracker]):
+            yield Mistake(
+                f"the tracker `{tracker}` is not installed",
+                f"`pip install {_TRACKERS[tracker]}`, or leave it out",
+                key=f"tracking.to.{index}",
+            )
+
+
+recipe_checks: list[Check] = [
+    check_model_shape,
+    check_model_directory,
+    check_tokenizer,
+    check_vocabulary,
+    check_sequence_length,
+    check_sources,
+    check_layout,
+    check_schedule,
+    check_best,
+    check_installed,
+]
+
+
+def _steps(training: Training | None, data: DataSection | None) -> int | None:
+    """Optimizer steps of the run, where the recipe alone says."""
+    if training is None or training.tokens is None or data is None:
+        return None if training is None else training.steps
+    batch = training.batch_tokens or (training.batch_sequences or 8) * data.sequence_length
+    return math.ceil(training.tokens / batch)
+
+
+def _is_installed(package: str) -> bool:
+    return find_spec(package) is not None
+
+
+def _has_tokenizer(directory: str) -> bool:
+    return any((Path(directory) / name).is_file() for name in _TOKENIZER_FILES)
+
+
+def _near_directory(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f"there is no folder {path.parent} either: check the path"
+    names = [each.name for each in path.parent.iterdir() if each.is_dir()]
+    close = difflib.get_close_matches(path.name, names, n=1, cutoff=0.5)
+    return f"did you mean `{path.parent / close[0]}`?" if close else "check the path"

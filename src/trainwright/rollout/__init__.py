@@ -1,0 +1,1 @@
+"""Rollout: text out of a model, with a key-value cache, batched or streamed."""

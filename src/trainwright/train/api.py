@@ -1,0 +1,122 @@
+"""The verbs as functions: train, load_model, generate, export."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from trainwright.rollout.engine import Completion
+from trainwright.rollout.engine import generate as generate_completions
+from trainwright.rollout.sampling import SamplingParams
+
+from trainwright.parallel.world import join_world, leave_world
+from trainwright.planner.check import recipe_checks
+from trainwright.recipe.load import load_recipe
+from trainwright.recipe.schema import Recipe
+from trainwright.report.html import write_report
+from trainwright.train.artifacts import complete_step, export_run, open_model, result_figures
+from trainwright.train.launch import RunInterrupted, is_launched, launch_workers
+from trainwright.train.prepare import prepare_run
+from trainwright.train.run_directory import RunDirectory, locked, open_run
+from trainwright.train.worker import run_worker
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a finished run left: its folder, the export and the report, and its figures."""
+
+    directory: Path
+    export: Path | None
+    report: Path
+    figures: dict[str, float | int | str]
+
+
+def train(
+    recipe: Recipe | str | Path,
+    *overrides: str,
+    say: Callable[[str], None] = lambda message: None,
+    recipe_text: str | None = None,
+) -> RunResult | None:
+    """Train a recipe to its end, or continue its run: the export and the report included.
+
+    `recipe` is a Recipe or a YAML file, `overrides` are "key.path=value". Starts the workers
+    itself; in a process that torchrun, Slurm or the like started, joins the others instead (and
+    returns None on every rank but the first). Raises UserError, RunInterrupted or WorkerFailed.
+    """
+    if not isinstance(recipe, Recipe):
+        path = Path(recipe)
+        recipe = load_recipe(path, overrides, recipe_checks)
+        recipe_text = path.read_text()
+    run = open_run(recipe)
+    if is_launched():
+        return _train_launched(run, recipe, recipe_text, say)
+    with locked(run):
+        plan, _ = prepare_run(run, recipe, recipe_text, say)
+        launch_workers(run.path, plan)
+        return finish_run(run)
+
+
+def _train_launched(
+    run: RunDirectory, recipe: Recipe, recipe_text: str | None, say: Callable[[str], None]
+) -> RunResult | None:
+    """Train as one of the workers that a launcher started; the first prepares and finishes."""
+    world = join_world()
+    with locked(run) if world.is_first else nullcontext():
+        if world.is_first:
+            prepare_run(run, recipe, recipe_text, say)
+        world.gather(None)  # wait for the first worker's preparation
+        finished = run_worker(run, world)
+        leave_world(world)
+        if not finished:
+            raise RunInterrupted
+        return finish_run(run) if world.is_first else None
+
+
+def finish_run(run: RunDirectory) -> RunResult:
+    """Export the last step as the recipe says and write the report."""
+    recipe = run.read_recipe()
+    exported = export_run(run) if recipe.export.at_end else None
+    return RunResult(
+        run.path, exported, write_report(run.path), result_figures(run, complete_step(run))
+    )
+
+
+def load_model(
+    reference: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: str | None = None,
+    trust_remote_code: bool = False,
+) -> nn.Module:
+    """The model at `reference`: a run, a directory in Hugging Face's layout, or a hub id."""
+    opened = open_model(reference, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+    return opened.model
+
+
+def generate(
+    reference: str | Path,
+    prompts: str | Sequence[str],
+    *,
+    device: str | None = None,
+    **sampling: Any,
+) -> list[Completion]:
+    """Complete `prompts` with the model at `reference`; `sampling` are SamplingParams' fields."""
+    opened = open_model(reference, device=device)
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    return generate_completions(opened.model, opened.tokenizer, prompts, SamplingParams(**sampling))
+
+
+def export(
+    run: str | Path,
+    destination: str | Path | None = None,
+    *,
+    step: int | None = None,
+    dtype: str | None = None,
+) -> Path:
+    """Write a run's model as a Hugging Face directory; see `artifacts.export_run`."""
+    return export_run(run, destination, step=step, dtype=dtype)

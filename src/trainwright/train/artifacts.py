@@ -1,0 +1,139 @@
+"""Opening what a user points at: a run, a Hugging Face directory, or a hub id."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from trainwright.checkpoint.export import export_checkpoint, model_card
+from trainwright.models.weights import load_model as load_hugging_face
+from trainwright.models.weights import new_model, resolve_model_directory
+
+from trainwright.checkpoint.store import CheckpointStore
+from trainwright.data.tokenizers import load_tokenizer
+from trainwright.errors import UserError
+from trainwright.models.families import decoder_config
+from trainwright.train.metrics import read_metrics
+from trainwright.train.run_directory import RunDirectory, find_run
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A model ready for use, its tokenizer, and where it came from in words."""
+
+    model: nn.Module
+    tokenizer: Any
+    origin: str
+
+
+def open_model(
+    reference: str | Path,
+    *,
+    step: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device | None = None,
+    trust_remote_code: bool = False,
+) -> OpenedModel:
+    """The model and tokenizer at `reference`: a run (its newest step, or `step`), a directory in
+    Hugging Face's layout, or a hub id. `device` defaults to CUDA where there is one.
+    """
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    run = RunDirectory(Path(reference))
+    if run.exists:
+        step = complete_step(run, step)
+        model = load_run_model(run, step, dtype=dtype, device=device)
+        tokenizer = load_tokenizer(run.tokenizer)
+        return OpenedModel(model, tokenizer, f"{reference}, step {step}")
+    if step is not None:
+        raise UserError(
+            f"{reference} is not a run, so it has no step {step}", fix="leave out --step"
+        )
+    directory = resolve_model_directory(str(reference))
+    model = load_hugging_face(
+        str(directory), dtype=dtype, device=device, trust_remote_code=trust_remote_code
+    )
+    return OpenedModel(model.eval(), load_tokenizer(directory), str(reference))
+
+
+def complete_step(run: RunDirectory, step: int | None = None) -> int:
+    """`step` if it is saved whole, the newest one if None; UserError where there is none."""
+    steps = CheckpointStore(run.checkpoints).steps()
+    if not steps:
+        raise UserError(
+            f"{run.path} has no complete checkpoint yet", fix="let it train to its first checkpoint"
+        )
+    if step is not None and step not in steps:
+        listed = ", ".join(str(complete) for complete in steps)
+        raise UserError(f"{run.path} has no complete step {step}", fix=f"choose one of: {listed}")
+    return steps[-1] if step is None else step
+
+
+def load_run_model(
+    run: RunDirectory, step: int, *, dtype: torch.dtype, device: torch.device
+) -> nn.Module:
+    """The weights that a run saved at `step`, whole, in this one process."""
+    model = new_model(decoder_config(run.read_model_config()), device="meta")
+    model.to_empty(device="cpu")
+    names = {f"model.{name}": parameter.data for name, parameter in model.named_parameters()}
+    CheckpointStore(run.checkpoints).load(step, names)
+    return model.to(device=device, dtype=dtype).eval()
+
+
+def export_run(
+    run: RunDirectory | str | Path,
+    destination: str | Path | None = None,
+    *,
+    step: int | None = None,
+    dtype: str | None = None,
+) -> Path:
+    """Write a run's weights at `step` (default: the newest) as a Hugging Face directory.
+
+    `destination` defaults to the run's `export/`, `dtype` to the recipe's `export.dtype`.
+    """
+    if not isinstance(run, RunDirectory):
+        run = find_run(run)
+    recipe = run.read_recipe()
+    step = complete_step(run, step)
+    destination = Path(destination) if destination is not None else run.export
+    config = run.read_model_config()
+    tokenizer = load_tokenizer(run.tokenizer)
+    generation = {
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    export_checkpoint(
+        run.checkpoints,
+        step,
+        destination,
+        hf_config={**config, **generation},
+        tokenizer_directory=run.tokenizer,
+        dtype=dtype or recipe.export.dtype,
+        shard_bytes=recipe.export.shard_bytes,
+        generation_config=generation,
+        card=model_card(
+            name=recipe.name,
+            recipe_yaml=(run.recipe if run.recipe.exists() else run.resolved).read_text(),
+            metrics=result_figures(run, step),
+        ),
+    )
+    return destination
+
+
+def result_figures(run: RunDirectory, step: int) -> dict[str, float | int | str]:
+    """The numbers of a run that its model card and the screen show."""
+    figures: dict[str, float | int | str] = {"step": step}
+    for record in read_metrics(run.path):
+        if record.get("step", 0) > step:
+            break
+        if record["kind"] == "step":
+            figures["training loss"] = record["loss"]
+            figures["tokens"] = record["tokens_total"]
+        elif record["kind"] == "evaluation":
+            figures[f"{record['name']} loss"] = record["loss"]
+            if record.get("bits_per_byte") is not None:
+                figures[f"{record['name']} bits per byte"] = record["bits_per_byte"]
+    return figures

@@ -1,0 +1,175 @@
+"""From a run directory to a trainer that is ready to run: model, optimizers, data, hooks."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from trainwright.models.weights import initialise, load_weights, new_model, resolve_model_directory
+
+from trainwright.checkpoint.state import load_training_state, training_tensors
+from trainwright.checkpoint.store import CheckpointStore
+from trainwright.data.prepare import open_data
+from trainwright.models.families import FAMILIES, decoder_config
+from trainwright.objectives.next_token import next_token_loss
+from trainwright.optim.optimizers import build_optimizers
+from trainwright.parallel.precision import COMPUTE_DTYPES
+from trainwright.parallel.spread import SpreadModel, spread
+from trainwright.parallel.world import World
+from trainwright.planner.plan import Plan
+from trainwright.planner.shapes import flops_per_token
+from trainwright.recipe.schema import Recipe
+from trainwright.train.calibrate import peak_flops
+from trainwright.train.hooks import CheckpointHook, EvaluationHook, MetricsHook
+from trainwright.train.loop import Hook, Trainer
+from trainwright.train.metrics import MetricsWriter
+from trainwright.train.prepare import total_steps
+from trainwright.train.progress import Progress
+from trainwright.train.run_directory import RunDirectory
+from trainwright.train.step import TrainStep
+
+OBJECTIVES = {"next_token": next_token_loss}
+
+
+@dataclass
+class Assembled:
+    """A trainer with what must be closed after it."""
+
+    trainer: Trainer
+    store: CheckpointStore
+    writer: MetricsWriter | None
+    progress: Progress | None
+    started: float
+
+    def close(self, done: int) -> None:
+        """Wait for the last checkpoint and end the records."""
+        self.store.wait()
+        self.store.close()
+        seconds = time.time() - self.started
+        if self.writer is not None:
+            self.writer.write({"kind": "end", "step": done, "seconds": seconds})
+            self.writer.close()
+        if self.progress is not None:
+            self.progress.finish({"step": done, "seconds": seconds})
+
+
+def build_model(run: RunDirectory, recipe: Recipe, plan: Plan, world: World) -> SpreadModel:
+    """The recipe's model, its initial weights in place, spread as the plan says."""
+    hf_config = run.read_model_config()
+    directory = None if recipe.model.path is None else resolve_model_directory(recipe.model.path)
+
+    def fill(model: torch.nn.Module) -> None:
+        if directory is None:
+            initialise(model, recipe.seed)
+        else:
+            load_weights(model, directory)
+
+    if hf_config["model_type"] in FAMILIES:
+        model: torch.nn.Module = new_model(decoder_config(hf_config), device="meta")
+    else:
+        from trainwright.models.fallback import load_fallback
+
+        assert directory is not None
+        model = load_fallback(directory, trust_remote_code=recipe.model.trust_remote_code)
+    return spread(model, list(model.blocks), plan, world, fill)
+
+
+def assemble(run: RunDirectory, world: World) -> Assembled:
+    """Build this worker's part of the run and take up the newest complete checkpoint."""
+    recipe, plan = run.read_recipe(), run.read_plan()
+    data = open_data(run.path)
+    steps = total_steps(recipe, data.train)
+    spread_model = build_model(run, recipe, plan, world)
+    optimizers = build_optimizers(
+        spread_model.model.named_parameters(),
+        recipe.optimizer,
+        muon_dtype=COMPUTE_DTYPES[plan.precision],
+    )
+    objective = OBJECTIVES[recipe.objective.kind]
+    step = TrainStep(
+        spread_model, optimizers, objective, plan, world, recipe.training.gradient_clip
+    )
+    store = CheckpointStore(
+        run.checkpoints,
+        keep_last=recipe.checkpoint.keep_last,
+        keep_every=recipe.checkpoint.keep_every,
+        keep_best=recipe.checkpoint.keep_best,
+    )
+    start = store.latest() or 0
+    if start:
+        meta = load_training_state(store, start, spread_model.model, optimizers)
+        step.loss_scale.restore(meta["loss_scale"])
+
+    per_rank = recipe.batch_sequences // world.size
+    trainer = Trainer(
+        recipe=recipe,
+        data=data.train,
+        rows=slice(world.rank * per_rank, (world.rank + 1) * per_rank),
+        step=step,
+        total_steps=steps,
+        start=start,
+    )
+    writer, progress = _first_worker_only(run, recipe, world, start, steps)
+
+    def state(done: int) -> tuple[dict[str, torch.Tensor], dict]:
+        meta = {"step": done, "loss_scale": step.loss_scale.state(), "world_size": world.size}
+        return training_tensors(spread_model.model, optimizers), meta
+
+    evaluation = EvaluationHook(
+        recipe,
+        recipe.evaluation.every or max(1, steps // 5),
+        steps,
+        data.validation,
+        spread_model,
+        objective,
+        plan,
+        world,
+        data.load_tokenizer,
+        writer,
+        progress,
+    )
+    checkpoints = CheckpointHook(
+        store,
+        recipe.checkpoint.every or max(1, steps // 10),
+        state,
+        lambda: evaluation.newest,
+        recipe.checkpoint.asynchronous,
+        writer,
+    )
+    hooks: list[Hook] = [evaluation, checkpoints]
+    if writer is not None and progress is not None:
+        flops = 3 * flops_per_token(
+            decoder_config(run.read_model_config()), recipe.data.sequence_length
+        )
+        peak = peak_flops(world.device, plan.precision)
+        hooks.insert(
+            0,
+            MetricsHook(
+                writer,
+                progress,
+                log_every=recipe.tracking.log_every,
+                tokens_per_step=recipe.batch_sequences * recipe.data.sequence_length,
+                flops_per_token=flops,
+                peak_flops=None if peak is None else peak * world.size,
+                device=world.device,
+            ),
+        )
+    trainer.hooks = hooks
+    return Assembled(trainer, store, writer, progress, time.time())
+
+
+def _first_worker_only(
+    run: RunDirectory, recipe: Recipe, world: World, start: int, steps: int
+) -> tuple[MetricsWriter | None, Progress | None]:
+    if not world.is_first:
+        return None, None
+    writer = MetricsWriter(
+        Path(run.path), recipe.tracking, recipe.name, recipe.model_dump(mode="json")
+    )
+    writer.truncate_after(start)
+    writer.write({"kind": "start", "step": start, "total_steps": steps, "time": time.time()})
+    progress = Progress()
+    progress.start(steps, start)
+    return writer, progress

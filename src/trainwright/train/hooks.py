@@ -1,0 +1,187 @@
+"""What happens after a step: metrics and progress, evaluation and samples, checkpoints."""
+
+from __future__ import annotations
+
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+
+import torch
+from trainwright.rollout.engine import generate
+from trainwright.rollout.sampling import SamplingParams
+
+from trainwright.checkpoint.store import CheckpointStore
+from trainwright.data.batches import Batches
+from trainwright.parallel.spread import SpreadModel, force_eager
+from trainwright.parallel.world import World
+from trainwright.planner.plan import Plan
+from trainwright.recipe.schema import Recipe
+from trainwright.train.evaluate import HeldOutLoss, held_out_loss
+from trainwright.train.metrics import MetricsWriter
+from trainwright.train.progress import Progress
+from trainwright.train.step import Objective, StepStats
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes this worker has held so far: of device memory, or of resident host memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+class MetricsHook:
+    """Writes a record of each step and moves the progress line; the first worker has the only one."""
+
+    def __init__(
+        self,
+        writer: MetricsWriter,
+        progress: Progress,
+        *,
+        log_every: int,
+        tokens_per_step: int,
+        flops_per_token: float,
+        peak_flops: float | None,
+        device: torch.device,
+    ) -> None:
+        self.writer, self.progress = writer, progress
+        self.log_every, self.tokens_per_step = log_every, tokens_per_step
+        self.flops_per_token, self.peak_flops, self.device = flops_per_token, peak_flops, device
+
+    def after_step(self, done: int, stats: StepStats, seconds: float, last: bool) -> None:
+        rate = self.tokens_per_step / seconds
+        record = {
+            "kind": "step",
+            "step": done,
+            "loss": stats.loss,
+            "learning_rate": stats.learning_rate,
+            "gradient_norm": stats.gradient_norm,
+            "tokens": self.tokens_per_step,
+            "tokens_total": done * self.tokens_per_step,
+            "seconds": seconds,
+            "tokens_per_second": rate,
+            "mfu": rate * self.flops_per_token / self.peak_flops if self.peak_flops else None,
+            "memory_bytes": peak_memory(self.device),
+            "batch_hash": stats.batch_hash,
+            "time": time.time(),
+        }
+        if stats.skipped:
+            record["skipped"] = True
+        if done % self.log_every == 0 or last:
+            self.writer.write(record)
+        self.progress.step(record)
+
+
+class EvaluationHook:
+    """Scores held-out data and writes samples every so often, and after the last step."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        every: int,
+        total_steps: int,
+        validation: dict[str, Batches],
+        spread: SpreadModel,
+        objective: Objective,
+        plan: Plan,
+        world: World,
+        tokenizer: Callable[[], object],
+        writer: MetricsWriter | None,
+        progress: Progress | None,
+    ) -> None:
+        self.recipe, self.every, self.total_steps = recipe, every, total_steps
+        self.validation, self.spread, self.objective = validation, spread, objective
+        self.plan, self.world, self.tokenizer = plan, world, tokenizer
+        self.writer, self.progress = writer, progress
+        self.newest: tuple[int, float] | None = None  # step and loss, for `checkpoint.keep_best`
+
+    def after_step(self, done: int, stats: StepStats, seconds: float, last: bool) -> None:
+        finished = done == self.total_steps
+        if not finished and (done % self.every != 0 or stats.stop_requested):
+            return
+        results: list[HeldOutLoss] = []
+        with force_eager():  # the blocks were compiled for the training batch's shape
+            for name, batches in self.validation.items():
+                most = None if finished else self.recipe.evaluation.rows
+                result = held_out_loss(
+                    self.spread,
+                    self.objective,
+                    batches,
+                    self.world,
+                    micro_batch=self.plan.micro_batch,
+                    precision=self.plan.precision,
+                    most_rows=most,
+                )
+                results.append(result)
+                record = {"kind": "evaluation", "step": done, "name": name, **asdict(result)}
+                if self.writer is not None and self.progress is not None:
+                    self.writer.write(record)
+                    self.progress.evaluation(record)
+            self._sample(done)
+        targets = sum(result.targets for result in results)
+        if targets:
+            mean = sum(result.loss * result.targets for result in results) / targets
+            self.newest = (done, mean)
+
+    def _sample(self, done: int) -> None:
+        samples = self.recipe.evaluation.samples
+        # Sharded weights are gathered layer by layer, so all workers must generate together.
+        if not samples.prompts or not (self.spread.sharded or self.world.is_first):
+            return
+        params = SamplingParams(
+            max_new_tokens=samples.max_new_tokens,
+            temperature=samples.temperature,
+            top_p=samples.top_p,
+            seed=self.recipe.seed,
+        )
+        completions = generate(self.spread.model, self.tokenizer(), samples.prompts, params)
+        if self.writer is None or self.progress is None:
+            return
+        for prompt, completion in zip(samples.prompts, completions, strict=True):
+            record = {
+                "kind": "sample",
+                "step": done,
+                "prompt": prompt,
+                "completion": completion.text,
+            }
+            self.writer.write(record)
+            self.progress.sample(record)
+
+
+class CheckpointHook:
+    """Saves every so often, after the last step, and when the run was asked to stop."""
+
+    def __init__(
+        self,
+        store: CheckpointStore,
+        every: int,
+        state: Callable[[int], tuple[dict[str, torch.Tensor], dict]],
+        newest_evaluation: Callable[[], tuple[int, float] | None],
+        asynchronous: bool,
+        writer: MetricsWriter | None,
+    ) -> None:
+        self.store, self.every, self.state = store, every, state
+        self.newest_evaluation, self.asynchronous, self.writer = (
+            newest_evaluation,
+            asynchronous,
+            writer,
+        )
+
+    def after_step(self, done: int, stats: StepStats, seconds: float, last: bool) -> None:
+        if done % self.every != 0 and not last:
+            return
+        started = time.perf_counter()
+        tensors, meta = self.state(done)
+        evaluated = self.newest_evaluation()
+        metric = evaluated[1] if evaluated is not None and evaluated[0] == done else None
+        self.store.save(done, tensors, meta, asynchronous=self.asynchronous, metric=metric)
+        if last:
+            self.store.wait()
+        if self.writer is not None:
+            stalled = time.perf_counter() - started
+            size = sum(t.numel() * t.element_size() for t in tensors.values())
+            self.writer.write(
+                {"kind": "checkpoint", "step": done, "seconds_stalled": stalled, "bytes": size}
+            )

@@ -1,0 +1,77 @@
+"""Everything that happens once, before workers start: run directory, data, model config, plan."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+from trainwright.models.weights import resolve_model_directory
+
+from trainwright.data.batches import Batches
+from trainwright.data.prepare import PreparedData, prepare_data
+from trainwright.files import write_atomically, write_json
+from trainwright.models.families import FAMILIES, decoder_config, new_hf_config
+from trainwright.planner.plan import Plan, make_plan
+from trainwright.recipe.load import dump_recipe
+from trainwright.recipe.presets import model_config
+from trainwright.recipe.schema import Recipe
+from trainwright.train.machine import detect_machine, environment_facts
+from trainwright.train.run_directory import RunDirectory
+
+
+def total_steps(recipe: Recipe, train: Batches) -> int:
+    """Optimizer steps of the whole run, from `steps`, `tokens` or `epochs`."""
+    training = recipe.training
+    if training.steps is not None:
+        return training.steps
+    if training.tokens is not None:
+        return math.ceil(training.tokens / (recipe.batch_sequences * recipe.data.sequence_length))
+    assert training.epochs is not None
+    return math.ceil(training.epochs * train.rows_per_epoch / recipe.batch_sequences)
+
+
+def prepare_run(
+    run: RunDirectory, recipe: Recipe, recipe_text: str | None, say: Callable[[str], None]
+) -> tuple[Plan, PreparedData]:
+    """Put into the run directory all that its workers read.
+
+    `recipe_text` is the YAML as the user wrote it; `say` is told what takes long. Raises UserError
+    for what cannot be trained.
+    """
+    run.logs.mkdir(exist_ok=True)
+    if recipe_text is not None and not run.recipe.exists():
+        write_atomically(run.recipe, recipe_text)
+    write_atomically(run.resolved, dump_recipe(recipe))
+    model_directory = None
+    if recipe.model.path is not None:
+        model_directory = resolve_model_directory(recipe.model.path)
+    data = prepare_data(
+        recipe,
+        model_path=str(model_directory) if model_directory else None,
+        directory=run.path,
+        progress=say,
+    )
+    hf_config = choose_model_config(recipe, model_directory, data.vocabulary)
+    known = hf_config["model_type"] in FAMILIES
+    plan = make_plan(
+        recipe,
+        detect_machine(),
+        decoder_config(hf_config) if known else None,
+        total_steps(recipe, data.train),
+    )
+    write_json(run.model_config, hf_config)
+    write_atomically(run.plan, plan.to_json())
+    write_json(run.environment, environment_facts())
+    return plan, data
+
+
+def choose_model_config(recipe: Recipe, directory: Path | None, vocabulary: int) -> dict:
+    """The Hugging Face config of the model to train, for a tokenizer of `vocabulary` entries."""
+    if directory is not None:
+        return json.loads((directory / "config.json").read_text())
+    assert recipe.model.family is not None
+    shape = model_config(recipe.model)
+    # A vocabulary given in the recipe may have room to spare; left out, it fits exactly.
+    return new_hf_config(recipe.model.family, shape, shape.get("vocab_size", vocabulary))

@@ -1,0 +1,196 @@
+"""A run's folder: everything needed to understand it, continue it or repeat it.
+
+recipe.yaml       as given           resolved.yaml     with defaults, presets and overrides
+plan.json         how it is spread   environment.json  machine and versions
+model/            config.json        tokenizer/        as exported
+metrics.jsonl     one line a record  logs/             output by rank
+checkpoints/      step-00000100/     export/           Hugging Face directory
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from trainwright.errors import Mistake, UserError
+from trainwright.planner.plan import Plan
+from trainwright.recipe.load import different_keys, load_recipe
+from trainwright.recipe.schema import Recipe
+from trainwright.report.records import METRICS_FILE
+
+# What may change between the start of a run and its continuation: it decides how the work is
+# spread, saved and shown, not what is computed.
+FREE_TO_CHANGE = (
+    "run_directory",
+    "parallel",
+    "checkpoint",
+    "evaluation",
+    "tracking",
+    "export",
+    "training.recompute",
+    "training.compile",
+    "data.cache",
+)
+
+LOCK = ".lock"
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """Where things are in a run's folder."""
+
+    path: Path
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "path", Path(self.path).absolute())
+
+    @property
+    def recipe(self) -> Path:
+        """The recipe as the user wrote it."""
+        return self.path / "recipe.yaml"
+
+    @property
+    def resolved(self) -> Path:
+        """The recipe with everything filled in: what the workers read."""
+        return self.path / "resolved.yaml"
+
+    @property
+    def plan(self) -> Path:
+        """How the work is spread."""
+        return self.path / "plan.json"
+
+    @property
+    def environment(self) -> Path:
+        """Machine and versions."""
+        return self.path / "environment.json"
+
+    @property
+    def model_config(self) -> Path:
+        """The model's Hugging Face config."""
+        return self.path / "model" / "config.json"
+
+    @property
+    def tokenizer(self) -> Path:
+        """The tokenizer, saved as transformers saves it."""
+        return self.path / "tokenizer"
+
+    @property
+    def data(self) -> Path:
+        """What the workers open instead of reading the sources again."""
+        return self.path / "data.json"
+
+    @property
+    def checkpoints(self) -> Path:
+        """One folder a saved step."""
+        return self.path / "checkpoints"
+
+    @property
+    def export(self) -> Path:
+        """The Hugging Face directory made at the end."""
+        return self.path / "export"
+
+    @property
+    def logs(self) -> Path:
+        """Output and errors by rank."""
+        return self.path / "logs"
+
+    def read_recipe(self) -> Recipe:
+        """The resolved recipe."""
+        return load_recipe(self.resolved)
+
+    def read_plan(self) -> Plan:
+        """The plan that the workers follow."""
+        return Plan.from_json(self.plan.read_text())
+
+    def read_model_config(self) -> dict:
+        """The model's Hugging Face config as a dictionary."""
+        return json.loads(self.model_config.read_text())
+
+    @property
+    def exists(self) -> bool:
+        """Whether a run was started here."""
+        return self.resolved.is_file()
+
+    @property
+    def has_trained(self) -> bool:
+        """Whether steps were taken here that another recipe's run must not be mixed with."""
+        return (self.path / METRICS_FILE).exists() or self.checkpoints.exists()
+
+
+def default_run_directory(recipe: Recipe) -> Path:
+    """Where a recipe's run goes: `run_directory`, or `runs/NAME` in the current folder."""
+    return recipe.run_directory or Path("runs") / recipe.name
+
+
+def open_run(recipe: Recipe) -> RunDirectory:
+    """The recipe's run directory, made if it is new, ready to be continued if it is not.
+
+    Raises UserError where the folder holds something else: another recipe's run (the keys that
+    differ are named), or files that are not a run's.
+    """
+    run = RunDirectory(default_run_directory(recipe))
+    if run.path.exists() and not run.path.is_dir():
+        raise UserError(f"{run.path} is a file", fix="choose another `run_directory`")
+    if run.exists and run.has_trained:
+        _refuse_another_recipe(run, recipe)
+    elif run.exists:
+        # Nothing was learnt here yet: a corrected recipe takes the place of the one before.
+        for file in (run.recipe, run.data):
+            file.unlink(missing_ok=True)
+    elif run.path.is_dir() and any(child.name != LOCK for child in run.path.iterdir()):
+        raise UserError(
+            f"{run.path} holds files, but no run of Trainwright",
+            fix="choose another `run_directory`, or empty the folder",
+        )
+    run.path.mkdir(parents=True, exist_ok=True)
+    return run
+
+
+def _refuse_another_recipe(run: RunDirectory, recipe: Recipe) -> None:
+    keys = [
+        key
+        for key in different_keys(run.read_recipe(), recipe)
+        if not any(key == free or key.startswith(free + ".") for free in FREE_TO_CHANGE)
+    ]
+    if keys:
+        shown = ", ".join(keys[:6]) + (f" and {len(keys) - 6} more" if len(keys) > 6 else "")
+        raise UserError(
+            Mistake(
+                f"{run.path} already holds a run of another recipe; these keys differ: {shown}",
+                fix="choose another `name` or `run_directory`, or delete the folder to start anew",
+                key="run_directory",
+            )
+        )
+
+
+@contextmanager
+def locked(run: RunDirectory) -> Iterator[None]:
+    """Hold the run for this process; a second training of the same folder is refused."""
+    with (run.path / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"{run.path} is being trained by another process",
+                fix="wait for it to end, or choose another `run_directory`",
+            ) from error
+        yield
+
+
+def find_run(path: Path | str) -> RunDirectory:
+    """The run at `path`; UserError where there is none."""
+    run = RunDirectory(Path(path))
+    if not run.exists:
+        near = sorted(child.parent for child in Path("runs").glob("*/resolved.yaml"))
+        names = ", ".join(str(name) for name in near[:6])
+        raise UserError(
+            f"{path} holds no run of Trainwright",
+            fix=f"runs found here: {names}"
+            if near
+            else "start one with `trainwright train RECIPE`",
+        )
+    return run

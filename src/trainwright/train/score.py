@@ -1,0 +1,93 @@
+"""Held-out loss of any model on any text, in this one process: what `evaluate` shows."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from trainwright.models.weights import resolve_model_directory
+
+from trainwright.data.batches import Batches
+from trainwright.data.prepare import open_data, prepare_data
+from trainwright.errors import UserError
+from trainwright.objectives.next_token import next_token_loss
+from trainwright.parallel.spread import SpreadModel
+from trainwright.parallel.world import World
+from trainwright.recipe.schema import Recipe
+from trainwright.train.artifacts import open_model
+from trainwright.train.evaluate import HeldOutLoss, held_out_loss
+from trainwright.train.run_directory import RunDirectory
+
+
+def score(
+    reference: str | Path,
+    texts: Sequence[str] = (),
+    *,
+    step: int | None = None,
+    sequence_length: int | None = None,
+    most_rows: int | None = None,
+    batch: int = 8,
+) -> dict[str, HeldOutLoss]:
+    """Held-out loss by data set of the model at `reference`, in fp32.
+
+    `texts` are files, folders or globs to score; without them a run's own held-out documents are.
+    Raises UserError where there is nothing to score.
+    """
+    sets = _data_sets(reference, texts, sequence_length)
+    opened = open_model(reference, step=step)
+    device = next(opened.model.parameters()).device
+    world, spread = World(0, 1, device), SpreadModel(opened.model, opened.model, sharded=False)
+    return {
+        name: held_out_loss(
+            spread,
+            next_token_loss,
+            batches,
+            world,
+            micro_batch=batch,
+            precision="fp32",
+            most_rows=most_rows,
+        )
+        for name, batches in sets.items()
+    }
+
+
+def _data_sets(
+    reference: str | Path, texts: Sequence[str], sequence_length: int | None
+) -> dict[str, Batches]:
+    run = RunDirectory(Path(reference))
+    if not texts and not run.exists:
+        raise UserError(
+            f"{reference} is not a run, so it has no held-out documents of its own",
+            fix="say what to score with --data",
+        )
+    if not texts and sequence_length is None:
+        return open_data(run.path).validation
+    if run.exists:
+        recipe = run.read_recipe()
+        model, tokenizer = run.model_config.parent, run.tokenizer
+        sequence_length = sequence_length or recipe.data.sequence_length
+    else:
+        model = tokenizer = resolve_model_directory(str(reference))
+    if not texts:
+        longer = recipe.model_copy(
+            update={"data": recipe.data.model_copy(update={"sequence_length": sequence_length})}
+        )
+        return prepare_data(longer).validation
+    sets = {}
+    for text in texts:
+        one = Recipe.model_validate(
+            {
+                "name": "evaluation",
+                "model": {"path": str(model)},
+                "tokenizer": {"path": str(tokenizer)},
+                "data": {
+                    "sources": [text],
+                    "validation": 0.0,
+                    "shuffle": False,
+                    "sequence_length": sequence_length or 1024,
+                },
+                "training": {"steps": 1},
+            }
+        )
+        sets[text] = prepare_data(one).train
+    return sets

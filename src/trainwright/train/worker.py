@@ -1,0 +1,77 @@
+"""One worker of a run: `python -m trainwright.train.worker RUN`, started by `launch`.
+
+Joins the other workers, builds its part of the model, takes up the newest checkpoint, trains.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import traceback
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from trainwright.parallel.world import World
+    from trainwright.train.run_directory import RunDirectory
+
+
+def main() -> None:
+    """Run the worker for the run directory named on the command line; exit codes as `launch` reads."""
+    logs = Path(sys.argv[1]) / "logs"
+    rank = int(os.environ.get("RANK", "0"))
+    _redirect_output(logs, rank)
+
+    from trainwright.errors import UserError
+    from trainwright.train.launch import report_failure
+
+    try:
+        from trainwright.parallel.world import join_world, leave_world
+        from trainwright.train.run_directory import RunDirectory
+
+        world = join_world()
+        finished = run_worker(RunDirectory(Path(sys.argv[1])), world)
+        leave_world(world)
+    except BaseException as error:
+        report_failure(logs, rank, error, traceback.format_exc())
+        traceback.print_exc()
+        sys.stderr.flush()
+        # Not sys.exit: collectives still in flight on other threads must not delay the news.
+        os._exit(2 if isinstance(error, UserError) else 1)
+    if not finished:
+        (logs / "interrupted").touch()
+
+
+def run_worker(run: RunDirectory, world: World) -> bool:
+    """Train the run's remaining steps; False if the run was asked to stop before its end."""
+    from trainwright.train.assemble import assemble
+
+    if world.is_first:
+        (run.logs / "interrupted").unlink(missing_ok=True)
+    assembled = assemble(run, world)
+
+    def request_stop(signum: int, frame: object) -> None:
+        assembled.trainer.stop_requested = True
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, request_stop)
+    done = assembled.trainer.run()
+    assembled.close(done)
+    return done == assembled.trainer.total_steps
+
+
+def _redirect_output(logs: Path, rank: int) -> None:
+    """Logs by rank. The first worker keeps the terminal for its progress line."""
+    logs.mkdir(parents=True, exist_ok=True)
+    log = os.open(logs / f"rank{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    sys.stderr.flush()
+    os.dup2(log, 2)
+    if rank != 0:
+        sys.stdout.flush()
+        os.dup2(log, 1)
+    os.close(log)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,22 @@
+"""What all tests share: no network, and the folder of real files where there is one."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Folder of real data files: `TRAINWRIGHT_SHARED`, or `shared/data` beside the repository."""
+    folder = Path(os.environ.get("TRAINWRIGHT_SHARED", REPOSITORY.parent / "shared" / "data"))
+    if not folder.is_dir():
+        pytest.skip(f"real data files are not here: {folder} (set TRAINWRIGHT_SHARED)")
+    return folder
