@@ -18,6 +18,7 @@ import subprocess
 import sys
 import tempfile
 from datetime import date
+from itertools import pairwise
 from pathlib import Path
 
 SHAPE = {
@@ -59,7 +60,7 @@ def run_trainwright(folder: Path, steps: int, compile_blocks: bool) -> dict:
 
     trainwright.train(file)
     records = [r for r in read_metrics(folder / "run") if r["kind"] == "step"]
-    times = [b["time"] - a["time"] for a, b in zip(records, records[1:], strict=False)]
+    times = [b["time"] - a["time"] for a, b in pairwise(records)]
     return {
         "tokens_per_second": BATCH * SEQUENCE / statistics.median(times[UNCOUNTED:]),
         "memory": max(r["memory_bytes"] for r in records),
@@ -113,7 +114,7 @@ def run_hugging_face(folder: Path, steps: int) -> dict:
     )
     trainer = Trainer(LlamaForCausalLM(config), arguments, train_dataset=rows, callbacks=[Clock()])
     trainer.train()
-    gaps = [b - a for a, b in zip(times, times[1:], strict=False)]
+    gaps = [b - a for a, b in pairwise(times)]
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     return {
         "tokens_per_second": BATCH * SEQUENCE / statistics.median(gaps[UNCOUNTED:]),

@@ -66,7 +66,7 @@ def _watch(root: Path, step: int, files: int, saver: Any) -> None:
     while time.monotonic() < deadline and saver.is_alive():
         unfinished = next(root.glob(f".step-{step:08d}-*.tmp"), None)
         try:
-            if committed.exists() or (unfinished and len(os.listdir(unfinished)) >= files):
+            if committed.exists() or (unfinished and len(list(unfinished.iterdir())) >= files):
                 return
         except FileNotFoundError:  # renamed between the two looks
             return
@@ -130,7 +130,7 @@ def test_order_of_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     real_fsync, real_rename = os.fsync, os.rename
 
     def fsync(handle: int) -> None:
-        events.append(("fsync", os.readlink(f"/proc/self/fd/{handle}")))
+        events.append(("fsync", str(Path(f"/proc/self/fd/{handle}").readlink())))
         real_fsync(handle)
 
     def rename(source: Any, target: Any, **named: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -31,7 +32,7 @@ def test_cosine_follows_its_formula_and_ends_on_the_final_share():
 
 def test_linear_falls_in_equal_steps():
     got = rates(name="linear", warmup=20, final=0.0)
-    falls = {round(a - b, 9) for a, b in zip(got[20:], got[21:], strict=False)}
+    falls = {round(a - b, 9) for a, b in pairwise(got[20:])}
     assert falls == {round(2.0 / 80, 9)}
     assert got[-1] == pytest.approx(0.0)
 

@@ -236,7 +236,10 @@ def test_a_dumped_recipe_loads_to_an_equal_one(tmp_path: Path) -> None:
 def test_different_keys_name_what_differs(recipe_file: Path) -> None:
     recipe = Recipe.load(recipe_file)
     other = Recipe.load(
-        recipe_file, "optimizer.betas=[0.9, 0.99]", "training.steps=5", "data.sources=[python-stdlib, a.txt]"
+        recipe_file,
+        "optimizer.betas=[0.9, 0.99]",
+        "training.steps=5",
+        "data.sources=[python-stdlib, a.txt]",
     )
     assert different_keys(recipe, other) == [
         "training.steps",

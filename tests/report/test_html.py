@@ -115,6 +115,11 @@ def test_a_crashed_and_restarted_run_with_broken_losses_says_so(make_run, run_re
     assert read_history(directory).seconds == pytest.approx(28, abs=1), "the pause is not work"
 
 
+def test_starting_a_finished_run_again_is_no_restart(make_run, run_records):
+    again = [{"kind": "start", "step": 60, "total_steps": 60}, {"kind": "end", "step": 60}]
+    assert warnings(read_history(make_run(records=[*run_records(60), *again]))) == []
+
+
 def test_a_stopped_run_is_not_called_finished(make_run, run_records):
     records = run_records(60)[:40]
     history = read_history(make_run(records=[*records, {"kind": "end", "step": 39}]))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -108,7 +107,7 @@ def test_this_machine_is_described_in_the_planners_words(monkeypatch):
     assert found.device_kind == ("cuda" if torch.cuda.is_available() else "cpu")
     assert found.devices == max(1, torch.cuda.device_count())
     assert 1 <= found.cores <= os.cpu_count()
-    assert 0 < found.memory_bytes and found.launched == 0
+    assert found.memory_bytes > 0 and found.launched == 0
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert machine.detect_machine().launched == 4
@@ -185,7 +184,7 @@ def test_a_measured_matmul_counts_the_flops_of_its_size():
 
 
 def test_slow_arithmetic_is_found_out_at_a_small_size(monkeypatch):
-    """A processor that computes 1 MFLOP/s must not be given a product of 17 GFLOP."""
+    """At 1 MFLOP/s a product of 512 would take over four minutes."""
     sizes: list[int] = []
 
     def slow_product(size, device, dtype):
@@ -194,7 +193,7 @@ def test_slow_arithmetic_is_found_out_at_a_small_size(monkeypatch):
 
     monkeypatch.setattr(calibrate, "_product", slow_product)
     monkeypatch.setattr(calibrate, "_timed", lambda product, device: 2 * product() ** 3 / 1e6)
-    speed = calibrate.measure_matmul("cpu", "bf16", budget_seconds=0.01)
+    speed = calibrate.measure_matmul("cpu", "bf16", budget_seconds=100.0)
     assert max(sizes) == 256 and speed.flops_per_second == pytest.approx(1e6)
 
 
@@ -214,14 +213,13 @@ def test_all_reduce_between_two_real_workers():
         assert speed.bus_bytes_per_second == pytest.approx(speed.message_bytes / speed.seconds)
 
 
-def test_workers_that_fail_leave_their_last_words(monkeypatch):
-    monkeypatch.setattr(calibrate.sys, "executable", "/bin/echo")
-    with pytest.raises(FileNotFoundError):  # they ended well, but there is no result
+def test_workers_that_fail_or_hang_leave_their_last_words(tmp_path, monkeypatch):
+    worker = tmp_path / "python"
+    worker.write_text("#!/bin/sh\necho starting; echo 'no route to host' >&2; exit 3\n")
+    worker.chmod(0o755)
+    monkeypatch.setattr(calibrate.sys, "executable", str(worker))
+    with pytest.raises(RuntimeError, match="no route to host"):
         calibrate.measure_all_reduce(2)
-    monkeypatch.setattr(calibrate.sys, "executable", "/bin/ls")  # does not know our options
-    with pytest.raises(RuntimeError, match="trainwright|-m|ls"):
-        calibrate.measure_all_reduce(2)
-    with pytest.raises(RuntimeError, match="no answer"):
-        monkeypatch.setattr(calibrate.sys, "executable", sys.executable)
-        monkeypatch.setenv("PYTHONPATH", "")
-        calibrate.measure_all_reduce(1, timeout_seconds=0.0)
+    worker.write_text("#!/bin/sh\nexec sleep 600\n")
+    with pytest.raises(RuntimeError, match="no answer in 0"):
+        calibrate.measure_all_reduce(2, timeout_seconds=0.0)

@@ -225,8 +225,9 @@ def test_wandb_and_trackio_get_one_run_and_no_step_twice(name, tmp_path, monkeyp
     monkeypatch.setitem(sys.modules, name, stand_in.module)
     tracking = Tracking(to=[name], project="p")
     sample = {"kind": "sample", "step": 2, "prompt": "a/b", "completion": "c"}
-    write_run(tmp_path, [{"kind": "start", "step": 0}, step(1), step(2), sample, step(3)], tracking)
-    write_run(tmp_path, [step(3), step(4)], tracking, resumed_step=2)
+    start = {"kind": "start", "step": 0}
+    write_run(tmp_path, [start, step(1), step(2), sample, step(3), step(4)], tracking)
+    write_run(tmp_path, [step(3)], tracking, resumed_step=2)  # crashes before it gets as far
     write_run(tmp_path, [step(3), step(4), step(5)], tracking, resumed_step=2)
     opened = [call[1] for call in stand_in.calls if call[0] == "init"]
     identity = "id" if name == "wandb" else "name"

@@ -32,6 +32,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from trainwright.checkpoint.manifest import DTYPE_NAMES
+from trainwright.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -101,6 +102,16 @@ class PartsSavePlanner(DefaultSavePlanner):
     def create_local_plan(self) -> SavePlan:
         self.plan = SavePlan([_write_item(name, part) for name, part in self.parts.items()])
         return self.plan
+
+    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Metadata]:
+        try:
+            return super().create_global_plan(all_plans)
+        except ValueError as error:
+            raise UserError(
+                f"the workers' parts do not make up whole tensors: {error}",
+                fix="8-bit optimizer states of uneven shards do this: choose `optimizer.name: "
+                "adamw`, or another number of workers",
+            ) from error
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
         return self.parts[index.fqn].local

@@ -9,10 +9,10 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
-from itertools import chain
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
@@ -109,8 +109,8 @@ class SafetensorsWriter(StorageWriter):
         results: list[WriteResult] = []
         for number, items in enumerate(_into_files(plan.items)):
             name = f"{_group(items[0])}-{task.rank:05d}-{number:03d}.safetensors"
-            tensors = {_entry_name(item): _resolve(planner, item) for item in items}
-            file, starts = write_file(task.directory / name, tensors)
+            entries = [_entry(planner, item) for item in items]
+            file, starts = write_file(task.directory / name, entries)
             results += [
                 WriteResult(item.index, _item_bytes(item), _Stored(file, start))
                 for item, start in zip(items, starts, strict=True)
@@ -195,6 +195,17 @@ class SafetensorsReader(StorageReader):
         return done
 
 
+def read_tensor(directory: Path, tensor: StoredTensor) -> Tensor:
+    """A stored tensor, put together from its chunks on the CPU."""
+    whole = torch.empty(tensor.shape, dtype=tensor.dtype)
+    for chunk in tensor.chunks:
+        target = whole
+        for dimension, (low, size) in enumerate(zip(chunk.offsets, chunk.shape, strict=True)):
+            target = target.narrow(dimension, low, size)
+        target.copy_(read_box(directory, tensor.dtype, chunk, (0,) * whole.ndim, chunk.shape))
+    return whole
+
+
 def read_box(
     directory: Path,
     dtype: torch.dtype,
@@ -229,36 +240,51 @@ def read_box(
     return box
 
 
-def write_file(path: Path, tensors: Mapping[str, Tensor]) -> tuple[StoredFile, list[int]]:
+@dataclass(frozen=True)
+class Entry:
+    """A tensor to write: known by dtype and shape, made only when its turn comes."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    make: Callable[[], Tensor]
+
+    @property
+    def bytes(self) -> int:
+        """Its size in the file."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def write_file(
+    path: Path, entries: Sequence[Entry], metadata: Mapping[str, str] | None = None
+) -> tuple[StoredFile, list[int]]:
     """Write a safetensors file and flush it to disk; its record, and where each tensor begins.
 
-    The hash is taken from the bytes in memory, before the disk had a chance to change them.
+    One tensor is in memory at a time. The hash is taken from the bytes there, before the disk had
+    a chance to change them.
     """
-    header: dict[str, Any] = {}
-    starts: list[int] = []
-    end = 0
-    for name, tensor in tensors.items():
-        starts.append(end)
-        end += tensor.numel() * tensor.element_size()
-        header[name] = {
-            "dtype": DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [starts[-1], end],
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    starts = [0, *accumulate(entry.bytes for entry in entries)]
+    for entry, start in zip(entries, starts, strict=False):
+        header[entry.name] = {
+            "dtype": DTYPE_NAMES[entry.dtype],
+            "shape": list(entry.shape),
+            "data_offsets": [start, start + entry.bytes],
         }
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # keeps what follows aligned
     head = len(text).to_bytes(8, "little") + text
     digest = blake2b(digest_size=HASH_BYTES)
     with path.open("xb", buffering=0) as file:
-        for content in chain([memoryview(head)], map(_bytes, tensors.values())):
+        for content in chain([memoryview(head)], (_bytes(entry.make()) for entry in entries)):
             for begin in range(0, len(content), BLOCK_BYTES):
                 block = content[begin : begin + BLOCK_BYTES]
                 digest.update(block)
                 while block:
                     block = block[file.write(block) :]
         os.fsync(file.fileno())
-    record = StoredFile(path.name, len(head) + end, digest.hexdigest())
-    return record, [len(head) + start for start in starts]
+    record = StoredFile(path.name, len(head) + starts[-1], digest.hexdigest())
+    return record, [len(head) + start for start in starts[:-1]]
 
 
 def hash_file(path: Path) -> str:
@@ -275,10 +301,16 @@ def _bytes(tensor: Tensor) -> memoryview:
     return flat.view(torch.uint8).numpy().data
 
 
-def _resolve(planner: SavePlanner, item: WriteItem) -> Tensor:
-    data = planner.resolve_data(item)
-    assert isinstance(data, Tensor)
-    return data
+def _entry(planner: SavePlanner, item: WriteItem) -> Entry:
+    assert item.tensor_data is not None
+    dtype, shape = item.tensor_data.properties.dtype, tuple(item.tensor_data.chunk.sizes)
+
+    def make() -> Tensor:
+        data = planner.resolve_data(item)
+        assert isinstance(data, Tensor)
+        return data
+
+    return Entry(_entry_name(item), dtype, shape, make)
 
 
 def _item_bytes(item: WriteItem) -> int:

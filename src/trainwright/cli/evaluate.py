@@ -21,10 +21,10 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="A run, a Hugging Face directory, or a hub id.")],
     data: Annotated[
         list[str] | None,
-        typer.Option(help="File, folder or glob to score instead of the run's held-out documents."),
+        typer.Option(help="File, folder or glob to score, not the run's held-out documents."),
     ] = None,
     step: Annotated[
-        int | None, typer.Option(help="Saved step of a run; default the newest.")
+        int | None, typer.Option(help="Saved step; default the newest.")
     ] = None,
     sequence_length: Annotated[
         int | None, typer.Option(help="Tokens of context; default the recipe's, else 1,024.")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from typing import Annotated, NoReturn
 
 import typer
@@ -25,7 +26,7 @@ from trainwright.errors import UserError
 USER_MISTAKE, INTERRUPTED = 2, 130
 
 # Verbs as `--help` lists them, by panel.
-VERBS = {
+VERBS: dict[str, tuple[Callable[..., None], ...]] = {
     "Recipe": (init, validate, data),
     "Training": (train, evaluate, report),
     "Model": (generate, chat, export),
@@ -54,7 +55,9 @@ def _print_version(wanted: bool) -> None:
 def trainwright(
     version: Annotated[
         bool,
-        typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True),
+        typer.Option(
+            "--version", help="Print the version.", callback=_print_version, is_eager=True
+        ),
     ] = False,
 ) -> None:
     """Train language models from one recipe, on whatever machines there are.

@@ -1,4 +1,4 @@
-"""`trainwright init` and `trainwright validate`: a recipe to start from, and what is wrong with one."""
+"""`trainwright init` and `validate`: a recipe to start from, and what is wrong with one."""
 
 from __future__ import annotations
 
@@ -69,7 +69,9 @@ def init(
         write_atomically(file, text)
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
-        raise UserError(f"{file} cannot be written: {reason}", fix="choose another --output") from None
+        raise UserError(
+            f"{file} cannot be written: {reason}", fix="choose another --output"
+        ) from None
     console.print(f"Wrote {file}. Next: [bold]trainwright train {file}[/bold]")
 
 

@@ -112,6 +112,16 @@ class PackingFigures:
     split: int  # documents that stand in more than one row
 
 
+@dataclass(frozen=True)
+class ListedDocument:
+    """A document as a list shows it."""
+
+    name: str
+    tokens: int
+    text_bytes: int
+    first_tokens: tuple[int, ...]
+
+
 def mixture(
     corpora: Sequence[Corpus],
     weights: Sequence[float],
@@ -196,6 +206,19 @@ class Batches:
             split += int((runs > stream.passes).sum())
             longest = max(longest, int(stream.corpus.lengths.max()))
         return PackingFigures(self.rows_per_epoch, filled, longest, split)
+
+    def listed(self, count: int) -> list[ListedDocument]:
+        """The first `count` documents, source by source, in the order of their sources."""
+        found: list[ListedDocument] = []
+        for stream in self.streams:
+            corpus = stream.corpus
+            for document in range(min(count - len(found), corpus.documents)):
+                length = int(corpus.lengths[document])
+                begin = int(corpus.starts[document]) + np.arange(min(length, 24))
+                first = tuple(corpus.read(begin).tolist())
+                text_bytes = corpus.bytes_of(document)
+                found.append(ListedDocument(corpus.name(document), length, text_bytes, first))
+        return found
 
     def epoch_steps(self, batch_rows: int | None = None) -> int:
         """Batches that cover an epoch, the last one maybe in part."""

@@ -66,10 +66,18 @@ class Corpus:
 
     def name(self, document: int) -> str:
         """The id of a document; with its source's name before it where there are several."""
-        cache = int(np.searchsorted(self._firsts, document, side="right")) - 1
-        inside = int(self._chosen[cache][document - self._firsts[cache]])
+        cache, inside = self._place(document)
         name = self._caches[cache].name(inside)
         return f"{self._names[cache]}/{name}" if len(self._caches) > 1 else name
+
+    def bytes_of(self, document: int) -> int:
+        """UTF-8 bytes of a document's text."""
+        cache, inside = self._place(document)
+        return int(self._caches[cache].text_bytes[inside])
+
+    def _place(self, document: int) -> tuple[int, int]:
+        cache = int(np.searchsorted(self._firsts, document, side="right")) - 1
+        return cache, int(self._chosen[cache][document - self._firsts[cache]])
 
     def _total(self, column: str) -> int:
         pairs = zip(self._caches, self._chosen, strict=True)

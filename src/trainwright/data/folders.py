@@ -51,7 +51,7 @@ def build_once(
     if not is_whole(folder):
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with _locked(folder.with_name(f"{folder.name}.lock"), on_wait):
+            with locked(folder.with_name(f"{folder.name}.lock"), on_wait):
                 if not is_whole(folder):
                     _build(folder, build)
         except OSError as error:
@@ -137,7 +137,7 @@ def _build(folder: Path, build: Callable[[Path], Mapping[str, Any]]) -> None:
 
 
 @contextmanager
-def _locked(path: Path, on_wait: Callable[[], None]) -> Iterator[None]:
+def locked(path: Path, on_wait: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Hold an exclusive lock. The kernel drops it when its process dies, however it dies."""
     with path.open("a") as file:
         try:

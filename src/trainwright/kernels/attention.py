@@ -174,6 +174,6 @@ def _bend(softcap: float) -> Callable[..., Tensor]:
 
 
 @functools.cache
-def _flex() -> Callable[..., Tensor]:
+def _flex() -> Any:
     """Flex attention is a fused kernel only when compiled; plain, it writes out every score."""
     return torch.compile(flex_attention) if torch.cuda.is_available() else flex_attention

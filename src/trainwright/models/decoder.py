@@ -178,9 +178,14 @@ class Trunk(nn.Module):
 class Decoder(nn.Module):
     """A causal language model. Build it with `models.weights.new_model` or `load_model`."""
 
+    # Generation may put padding before a row's tokens.
+    pads_left = True
+
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
+        self.vocab_size = config.vocab_size
+        self.stop_token_ids: tuple[int, ...] = ()  # tokens that end a text
         self.model = Trunk(config)
         # Tied models have no second matrix, nor a second name for the first.
         if not config.tied_embeddings:

@@ -28,7 +28,7 @@ def sharded_policy(precision: str) -> MixedPrecisionPolicy:
 
 
 class LossScale:
-    """Dynamic loss scaling for fp16 (Micikevicius et al. 2018): ×2 after 2,000 good steps, ÷2 on Inf.
+    """Dynamic loss scaling for fp16 (Micikevicius et al. 2018): ×2 after 2,000 steps, ÷2 on Inf.
 
     Other precisions keep a scale of 1, and every step of theirs counts.
     """

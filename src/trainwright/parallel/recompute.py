@@ -1,4 +1,4 @@
-"""Recompute: forget a block's activations in the forward pass, compute them again in the backward."""
+"""Recompute: forget a block's activations after its forward pass, compute them again later."""
 
 from __future__ import annotations
 

@@ -37,17 +37,25 @@ def replicate(model: nn.Module, device: torch.device) -> DistributedDataParallel
     replica = DistributedDataParallel(
         model,
         device_ids=[device] if device.type == "cuda" else None,
-        broadcast_buffers=False,
         gradient_as_bucket_view=True,
     )
     replica.register_comm_hook(None, _sum_gradients)
     return replica
 
 
-def _sum_gradients(state: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
+def _sum_gradients(
+    state: object, bucket: dist.GradBucket
+) -> torch.futures.Future[torch.Tensor]:
     buffer = bucket.buffer()
     future = dist.all_reduce(buffer, async_op=True).get_future()
     return future.then(lambda _: buffer)
+
+
+# DDP looks at a hook's annotations and takes types only, not the strings they are in this file.
+_sum_gradients.__annotations__ = {
+    "bucket": dist.GradBucket,
+    "return": torch.futures.Future[torch.Tensor],
+}
 
 
 def synchronise_gradients(module: nn.Module, wanted: bool) -> None:

@@ -203,7 +203,7 @@ def _expand_shorthands(tree: Any, section: type[Section]) -> None:
 
 
 def _expanded(value: Any, section: type[Section]) -> Any:
-    value = section.from_string(value)
+    value = section.expand(value)
     _expand_shorthands(value, section)
     return value
 
@@ -236,7 +236,7 @@ def _place(mistakes: Iterable[Mistake], document: Document, path: Path) -> Itera
 
 
 def _in_order(mistakes: Iterable[Mistake], name: str) -> list[Mistake]:
-    """Each mistake once: the recipe's by line, then the command line's, then those of other files."""
+    """Each mistake once: the recipe's by line, then the command line's, then other files'."""
 
     def rank(mistake: Mistake) -> tuple[int, int]:
         file, _, line = mistake.where.rpartition(":")

@@ -90,10 +90,10 @@ def _key_path(location: tuple[str | int, ...]) -> KeyPath:
     path: list[str | int] = []
     parts = iter(location)
     for part in parts:
-        choices = list(members(annotation))
-        if len(choices) > 1:  # `part` only names a branch
-            part = next(parts, None)
-            if part is None:
+        if len(list(members(annotation))) > 1:  # `part` only names a branch
+            try:
+                part = next(parts)
+            except StopIteration:
                 break
         section = section_in(annotation)
         if isinstance(part, int):

@@ -38,13 +38,13 @@ default but `model` and `training`; how the work is spread follows from the mach
   and keys given twice are mistakes. `<<: *anchor` merges sections.
 - **Overrides.** `trainwright train recipe.yaml training.steps=20 optimizer=muon` changes keys for
   one run. A value is YAML, a number picks an item of a list (`data.sources.0.path=books.txt`), and
-  `null` takes an optional key away. A key given on the command line displaces the alternatives in the file:
-  `training.steps=20` replaces the file's `tokens`.
+  `null` takes an optional key away. A key given on the command line displaces the alternatives in
+  the file: `training.steps=20` replaces the file's `tokens`.
 - **Paths.** Relative paths count from the recipe's folder, those on the command line from the
   current folder, and `run_directory` always from the current folder. `~` is your home. `model.path`
   and `tokenizer.path` name something on the Hugging Face hub unless such a directory is there.
-- **Environment.** `${{env:NAME}}` stands for the environment variable, `${{env:NAME:-default}}` gives
-  a default, and `$${{env:` stands for itself.
+- **Environment.** `${{env:NAME}}` stands for an environment variable, `${{env:NAME:-default}}`
+  gives a default, and `$${{env:` stands for itself.
 
 ## Help from your editor
 

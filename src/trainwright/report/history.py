@@ -71,8 +71,11 @@ class History:
 
     @property
     def restarts(self) -> list[Record]:
-        """The starts after the first: the run went on after a stop or a crash."""
-        return self.starts[1:]
+        """The starts after the first that had steps left: it went on after a stop or a crash."""
+        total = self.fact("total_steps")
+        return [
+            record for record in self.starts[1:] if total is None or record.get("step", 0) < total
+        ]
 
     @property
     def validation_names(self) -> list[str]:

@@ -10,9 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from trainwright.rollout.engine import Completion
-from trainwright.rollout.engine import generate as generate_completions
-from trainwright.rollout.sampling import SamplingParams
 
 from trainwright.parallel.world import join_world, leave_world
 from trainwright.planner.check import recipe_checks

@@ -8,14 +8,15 @@ from typing import Any
 
 import torch
 from torch import nn
-from trainwright.checkpoint.export import export_checkpoint, model_card
-from trainwright.models.weights import load_model as load_hugging_face
-from trainwright.models.weights import new_model, resolve_model_directory
 
+from trainwright.checkpoint.export import export_checkpoint, model_card
 from trainwright.checkpoint.store import CheckpointStore
 from trainwright.data.tokenizers import load_tokenizer
 from trainwright.errors import UserError
+from trainwright.models.directory import resolve_model_directory
 from trainwright.models.families import decoder_config
+from trainwright.models.weights import load_model as load_hugging_face
+from trainwright.models.weights import new_model
 from trainwright.train.metrics import read_metrics
 from trainwright.train.run_directory import RunDirectory, find_run
 
@@ -51,7 +52,7 @@ def open_model(
         raise UserError(
             f"{reference} is not a run, so it has no step {step}", fix="leave out --step"
         )
-    directory = resolve_model_directory(str(reference))
+    directory = resolve_model_directory(reference)
     model = load_hugging_face(
         str(directory), dtype=dtype, device=device, trust_remote_code=trust_remote_code
     )
@@ -78,7 +79,7 @@ def load_run_model(
     model = new_model(decoder_config(run.read_model_config()), device="meta")
     model.to_empty(device="cpu")
     names = {f"model.{name}": parameter.data for name, parameter in model.named_parameters()}
-    CheckpointStore(run.checkpoints).load(step, names)
+    CheckpointStore(run.checkpoints).load(step, names, leave=("optimizer.", "rng_"))
     return model.to(device=device, dtype=dtype).eval()
 
 

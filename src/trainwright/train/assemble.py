@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from trainwright.models.weights import initialise, load_weights, new_model, resolve_model_directory
 
-from trainwright.checkpoint.state import load_training_state, training_tensors
+from trainwright.checkpoint.state import State, load_training_state, training_tensors
 from trainwright.checkpoint.store import CheckpointStore
 from trainwright.data.prepare import open_data
+from trainwright.models.fallback import load_fallback
 from trainwright.models.families import FAMILIES, decoder_config
+from trainwright.models.weights import initialise, load_weights, new_model
 from trainwright.objectives.next_token import next_token_loss
 from trainwright.optim.optimizers import build_optimizers
 from trainwright.parallel.precision import COMPUTE_DTYPES
@@ -25,7 +26,7 @@ from trainwright.train.calibrate import peak_flops
 from trainwright.train.hooks import CheckpointHook, EvaluationHook, MetricsHook
 from trainwright.train.loop import Hook, Trainer
 from trainwright.train.metrics import MetricsWriter
-from trainwright.train.prepare import total_steps
+from trainwright.train.prepare import pretrained_directory, total_steps
 from trainwright.train.progress import Progress
 from trainwright.train.run_directory import RunDirectory
 from trainwright.train.step import TrainStep
@@ -58,7 +59,7 @@ class Assembled:
 def build_model(run: RunDirectory, recipe: Recipe, plan: Plan, world: World) -> SpreadModel:
     """The recipe's model, its initial weights in place, spread as the plan says."""
     hf_config = run.read_model_config()
-    directory = None if recipe.model.path is None else resolve_model_directory(recipe.model.path)
+    directory = pretrained_directory(recipe)
 
     def fill(model: torch.nn.Module) -> None:
         if directory is None:
@@ -69,10 +70,8 @@ def build_model(run: RunDirectory, recipe: Recipe, plan: Plan, world: World) -> 
     if hf_config["model_type"] in FAMILIES:
         model: torch.nn.Module = new_model(decoder_config(hf_config), device="meta")
     else:
-        from trainwright.models.fallback import load_fallback
-
         assert directory is not None
-        model = load_fallback(directory, trust_remote_code=recipe.model.trust_remote_code)
+        model = load_fallback(directory, torch.float32, recipe.model.trust_remote_code)
     return spread(model, list(model.blocks), plan, world, fill)
 
 
@@ -97,9 +96,12 @@ def assemble(run: RunDirectory, world: World) -> Assembled:
         keep_every=recipe.checkpoint.keep_every,
         keep_best=recipe.checkpoint.keep_best,
     )
+    store.claim()
     start = store.latest() or 0
     if start:
-        meta = load_training_state(store, start, spread_model.model, optimizers)
+        meta = load_training_state(
+            store, start, spread_model.model, optimizers, seed=recipe.seed
+        )
         step.loss_scale.restore(meta["loss_scale"])
 
     per_rank = recipe.batch_sequences // world.size
@@ -113,7 +115,7 @@ def assemble(run: RunDirectory, world: World) -> Assembled:
     )
     writer, progress = _first_worker_only(run, recipe, world, start, steps)
 
-    def state(done: int) -> tuple[dict[str, torch.Tensor], dict]:
+    def state(done: int) -> tuple[State, dict]:
         meta = {"step": done, "loss_scale": step.loss_scale.state(), "world_size": world.size}
         return training_tensors(spread_model.model, optimizers), meta
 

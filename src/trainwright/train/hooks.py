@@ -9,9 +9,8 @@ from collections.abc import Callable
 from dataclasses import asdict
 
 import torch
-from trainwright.rollout.engine import generate
-from trainwright.rollout.sampling import SamplingParams
 
+from trainwright.checkpoint.state import State
 from trainwright.checkpoint.store import CheckpointStore
 from trainwright.data.batches import Batches
 from trainwright.parallel.spread import SpreadModel, force_eager
@@ -33,7 +32,7 @@ def peak_memory(device: torch.device) -> int:
 
 
 class MetricsHook:
-    """Writes a record of each step and moves the progress line; the first worker has the only one."""
+    """Writes a record of each step and moves the progress line; only the first worker has one."""
 
     def __init__(
         self,
@@ -130,6 +129,9 @@ class EvaluationHook:
         # Sharded weights are gathered layer by layer, so all workers must generate together.
         if not samples.prompts or not (self.spread.sharded or self.world.is_first):
             return
+        from trainwright.rollout.engine import generate
+        from trainwright.rollout.sampling import SamplingParams
+
         params = SamplingParams(
             max_new_tokens=samples.max_new_tokens,
             temperature=samples.temperature,
@@ -157,7 +159,7 @@ class CheckpointHook:
         self,
         store: CheckpointStore,
         every: int,
-        state: Callable[[int], tuple[dict[str, torch.Tensor], dict]],
+        state: Callable[[int], tuple[State, dict]],
         newest_evaluation: Callable[[], tuple[int, float] | None],
         asynchronous: bool,
         writer: MetricsWriter | None,

@@ -7,11 +7,10 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-from trainwright.models.weights import resolve_model_directory
-
 from trainwright.data.batches import Batches
 from trainwright.data.prepare import PreparedData, prepare_data
 from trainwright.files import write_atomically, write_json
+from trainwright.models.directory import resolve_model_directory
 from trainwright.models.families import FAMILIES, decoder_config, new_hf_config
 from trainwright.planner.plan import Plan, make_plan
 from trainwright.recipe.load import dump_recipe
@@ -44,16 +43,11 @@ def prepare_run(
     if recipe_text is not None and not run.recipe.exists():
         write_atomically(run.recipe, recipe_text)
     write_atomically(run.resolved, dump_recipe(recipe))
-    model_directory = None
-    if recipe.model.path is not None:
-        model_directory = resolve_model_directory(recipe.model.path)
+    directory = pretrained_directory(recipe)
     data = prepare_data(
-        recipe,
-        model_path=str(model_directory) if model_directory else None,
-        directory=run.path,
-        progress=say,
+        recipe, str(directory) if directory else None, directory=run.path, progress=say
     )
-    hf_config = choose_model_config(recipe, model_directory, data.vocabulary)
+    hf_config = choose_model_config(recipe, directory, data.vocabulary)
     known = hf_config["model_type"] in FAMILIES
     plan = make_plan(
         recipe,
@@ -65,6 +59,14 @@ def prepare_run(
     write_atomically(run.plan, plan.to_json())
     write_json(run.environment, environment_facts())
     return plan, data
+
+
+def pretrained_directory(recipe: Recipe) -> Path | None:
+    """Where the recipe's pretrained model is; None for a new model."""
+    section = recipe.model
+    if section.path is None:
+        return None
+    return resolve_model_directory(section.path, trust_remote_code=section.trust_remote_code)
 
 
 def choose_model_config(recipe: Recipe, directory: Path | None, vocabulary: int) -> dict:

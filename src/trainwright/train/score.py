@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from trainwright.models.weights import resolve_model_directory
-
 from trainwright.data.batches import Batches
 from trainwright.data.prepare import open_data, prepare_data
 from trainwright.errors import UserError
+from trainwright.models.directory import resolve_model_directory
 from trainwright.objectives.next_token import next_token_loss
 from trainwright.parallel.spread import SpreadModel
 from trainwright.parallel.world import World
@@ -67,7 +66,7 @@ def _data_sets(
         model, tokenizer = run.model_config.parent, run.tokenizer
         sequence_length = sequence_length or recipe.data.sequence_length
     else:
-        model = tokenizer = resolve_model_directory(str(reference))
+        model = tokenizer = resolve_model_directory(reference)
     if not texts:
         longer = recipe.model_copy(
             update={"data": recipe.data.model_copy(update={"sequence_length": sequence_length})}

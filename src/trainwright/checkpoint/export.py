@@ -1,0 +1,276 @@
+"""A checkpoint's weights as a Hugging Face directory that transformers loads.
+
+Reads any checkpoint in one process, however many workers saved it, a tensor at a time.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import shutil
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainwright.checkpoint import integrity
+from trainwright.checkpoint.commit import size_text, step_directory
+from trainwright.checkpoint.manifest import Manifest, StoredFile, StoredTensor
+from trainwright.checkpoint.storage import Entry, read_tensor, write_file
+from trainwright.errors import Mistake, UserError
+from trainwright.files import sync_directory, write_atomically, write_json
+from trainwright.models.safetensors_files import INDEX, SINGLE
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+MARKER = "trainwright.json"  # says that a directory is an export, and of what
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+)
+
+
+def export_checkpoint(
+    checkpoints: Path | str,
+    step: int,
+    destination: Path | str,
+    *,
+    hf_config: Mapping[str, Any],
+    tokenizer_directory: Path | str | None = None,
+    dtype: str = "fp32",
+    shard_bytes: int = 5_000_000_000,
+    generation_config: Mapping[str, Any] | None = None,
+    card: str,
+) -> Path:
+    """Write the model in `checkpoints/step-…` to `destination`; returns it.
+
+    Config, safetensors shards of at most `shard_bytes`, tokenizer, generation config and model
+    card. It is built beside and renamed into place; an earlier export there is replaced. Floating
+    point tensors are converted to `dtype` (fp32, bf16 or fp16). Raises UserError when the
+    checkpoint is damaged, when `destination` holds something else, and when the disk is full.
+    """
+    root, destination = Path(checkpoints), Path(destination).absolute()
+    if dtype not in DTYPES:
+        raise UserError(f"there is no dtype {dtype}", fix=f"choose one of {', '.join(DTYPES)}")
+    _refuse_to_replace(destination)
+    manifest = integrity.open_manifest(root, step)
+    damaged = integrity.verify_files(root, step, _model_files(manifest))
+    if damaged:
+        raise UserError(damaged)
+    entries = _entries(step_directory(root, step), manifest, hf_config, DTYPES[dtype])
+    beside = destination.with_name(f".{destination.name}.tmp")
+    try:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        _write_weights(beside, entries, shard_bytes)
+        write_json(beside / "config.json", _config(hf_config, DTYPES[dtype]))
+        write_json(beside / "generation_config.json", _generation(hf_config, generation_config))
+        if tokenizer_directory is not None:
+            _copy_tokenizer(Path(tokenizer_directory), beside)
+        write_atomically(beside / "README.md", card)
+        written = sorted(path.name for path in beside.iterdir())
+        write_json(beside / MARKER, {"step": step, "dtype": dtype, "files": [*written, MARKER]})
+        _move_into_place(beside, destination)
+    except OSError as error:
+        needed = sum(entry.bytes for entry in entries)
+        free = shutil.disk_usage(_nearest_directory(destination)).free
+        raise UserError(
+            f"the export could not be written to {destination}: {error.strerror or error} "
+            f"(it needs {size_text(needed)}, {size_text(free)} are free)",
+            fix="free space there, or choose another destination",
+        ) from error
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+    return destination
+
+
+def model_card(
+    *,
+    name: str,
+    recipe_yaml: str,
+    metrics: Mapping[str, float | int | str],
+    base_model: str | None = None,
+) -> str:
+    """README.md of an export: front matter for the hub, how to load it, its numbers, its recipe."""
+    front = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["trainwright"],
+        **({"base_model": base_model} if base_model else {}),
+    }
+    # JSON is YAML: quoting is taken care of.
+    lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in front.items()]
+    rows = [f"| {key} | {_figure(value)} |" for key, value in metrics.items()]
+    fence = "```"
+    while fence in recipe_yaml:
+        fence += "`"
+    return "\n".join(
+        [
+            "---",
+            *lines,
+            "---",
+            "",
+            f"# {name}",
+            "",
+            "Trained with Trainwright from the recipe below.",
+            "",
+            "```python",
+            "from transformers import AutoModelForCausalLM, AutoTokenizer",
+            "",
+            'model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")',
+            'tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")',
+            "```",
+            *(["", "## Results", "", "| | |", "|---|---|", *rows] if rows else []),
+            "",
+            "## Recipe",
+            "",
+            f"{fence}yaml",
+            recipe_yaml.rstrip("\n"),
+            fence,
+            "",
+        ]
+    )
+
+
+def _figure(value: float | int | str) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return f"{value:,}" if isinstance(value, int) else f"{value:.5g}"
+
+
+def _model_tensors(manifest: Manifest) -> dict[str, StoredTensor]:
+    """The model's tensors, under their own names."""
+    prefix = "model."
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in manifest.tensors.items()
+        if name.startswith(prefix)
+    }
+
+
+def _model_files(manifest: Manifest) -> list[StoredFile]:
+    chunks = (chunk for tensor in _model_tensors(manifest).values() for chunk in tensor.chunks)
+    names = {chunk.file for chunk in chunks}
+    return [file for file in manifest.files if file.name in names]
+
+
+def _entries(
+    directory: Path, manifest: Manifest, hf_config: Mapping[str, Any], dtype: torch.dtype
+) -> list[Entry]:
+    """What the shards hold: all of the model, but a tied head only as the embedding."""
+    tied = hf_config.get("tie_word_embeddings", False)
+    entries = [
+        Entry(
+            name,
+            dtype if tensor.dtype.is_floating_point else tensor.dtype,
+            tensor.shape,
+            partial(_read_as, directory, tensor, dtype),
+        )
+        for name, tensor in _model_tensors(manifest).items()
+        if not (tied and name == "lm_head.weight")
+    ]
+    # Elements of one size lie together, so that each tensor is aligned in its file.
+    return sorted(entries, key=lambda entry: -entry.dtype.itemsize)
+
+
+def _read_as(directory: Path, tensor: StoredTensor, dtype: torch.dtype) -> Tensor:
+    whole = read_tensor(directory, tensor)
+    return whole.to(dtype) if whole.is_floating_point() else whole
+
+
+def _write_weights(directory: Path, entries: list[Entry], shard_bytes: int) -> None:
+    """One file, or shards and the index that names them."""
+    shards: list[list[Entry]] = [[]]
+    filled = 0
+    for entry in entries:
+        if shards[-1] and filled + entry.bytes > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append(entry)
+        filled += entry.bytes
+    count = len(shards)
+    names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    if count == 1:
+        names = [SINGLE]
+    for name, shard in zip(names, shards, strict=True):
+        write_file(directory / name, shard, {"format": "pt"})
+    if count > 1:
+        weight_map = {
+            entry.name: name for name, shard in zip(names, shards, strict=True) for entry in shard
+        }
+        total = sum(entry.bytes for entry in entries)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        write_json(directory / INDEX, index)
+
+
+def _config(hf_config: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    kept = {key: value for key, value in hf_config.items() if key != "torch_dtype"}
+    return {
+        **kept,
+        "dtype": str(dtype).removeprefix("torch."),
+        "transformers_version": importlib.metadata.version("transformers"),
+    }
+
+
+def _generation(
+    hf_config: Mapping[str, Any], generation_config: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """The special tokens of the model, and whatever the caller adds."""
+    keys = ("bos_token_id", "eos_token_id", "pad_token_id")
+    tokens = {key: hf_config[key] for key in keys if hf_config.get(key) is not None}
+    return {
+        **tokens,
+        "do_sample": True,
+        **(generation_config or {}),
+        "transformers_version": importlib.metadata.version("transformers"),
+    }
+
+
+def _copy_tokenizer(source: Path, target: Path) -> None:
+    found = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
+    if not found:
+        raise UserError(Mistake("there is no tokenizer to export", "restore it", where=str(source)))
+    for file in found:
+        shutil.copyfile(file, target / file.name)
+
+
+def _refuse_to_replace(destination: Path) -> None:
+    """Only an export of ours may be replaced, and only while nothing was added to it."""
+    if not destination.exists():
+        return
+    if not destination.is_dir():
+        what = f"{destination} is a file"
+    else:
+        marker = destination / MARKER
+        ours = set(json.loads(marker.read_text())["files"]) if marker.is_file() else set()
+        strange = sorted(path.name for path in destination.iterdir() if path.name not in ours)
+        if not strange:
+            return
+        what = f"{destination} holds files that no export wrote: {', '.join(strange[:6])}"
+    raise UserError(what, fix="choose another destination, or move what is there")
+
+
+def _move_into_place(beside: Path, destination: Path) -> None:
+    """Make `beside` the destination; what stood there goes once the new one is in its place."""
+    sync_directory(beside)
+    former = destination.with_name(f".{destination.name}.former.tmp")
+    shutil.rmtree(former, ignore_errors=True)
+    if destination.exists():
+        destination.rename(former)
+    beside.rename(destination)
+    sync_directory(destination.parent)
+    shutil.rmtree(former, ignore_errors=True)
+
+
+def _nearest_directory(path: Path) -> Path:
+    return next(parent for parent in path.parents if parent.is_dir())

@@ -1,0 +1,195 @@
+"""The recipe's first half: which model, which tokenizer, which text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from trainwright.recipe.section import Count, Fraction, NotTruth, Positive, Section, refusal
+
+
+class ModelSection(Section):
+    """What is trained: a pretrained directory (`path`), or a new model (`family` and its shape)."""
+
+    alternatives = ("path | family preset config",)
+
+    path: str | None = Field(
+        None,
+        description="Directory or hub id of a pretrained model in Hugging Face's layout.",
+        examples=["./my-model"],
+    )
+    family: str | None = Field(
+        None,
+        description="Family of a model trained from scratch, such as llama, qwen3 or gemma2.",
+        examples=["llama"],
+    )
+    preset: str | None = Field(
+        None,
+        description="Named size for a new model; `trainwright init --presets` lists them.",
+        examples=["4m"],
+    )
+    config: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Hugging Face config keys for a new model; they override the preset's.",
+        examples=[{"hidden_size": 256}],
+    )
+    trust_remote_code: bool = Field(
+        False, description="Run Python code shipped inside a pretrained model's directory."
+    )
+
+    @model_validator(mode="after")
+    def one_origin(self) -> ModelSection:
+        if self.path is None and self.family is None:
+            raise refusal(
+                "there is neither a pretrained model nor a new one",
+                "write `path: DIRECTORY` to go on from a model, or `family: llama` and "
+                "`preset: 4m` for a new one",
+            )
+        if self.path is not None and self.family is not None:
+            raise refusal(
+                "`path` (a pretrained model) and `family` (a new one) exclude each other",
+                "keep one of them",
+                "family",
+            )
+        if self.path is not None and (self.preset or self.config):
+            raise refusal(
+                "`preset` and `config` shape a new model, but `path` names a pretrained one",
+                "leave them out, or replace `path` by `family`",
+                "preset" if self.preset else "config",
+            )
+        if self.family is not None and not (self.preset or self.config):
+            raise refusal(
+                f"the new {self.family} model has no shape",
+                "write `preset: 4m` (`trainwright init --presets` lists the sizes) or `config:`",
+            )
+        return self
+
+
+class TrainTokenizer(Section):
+    """A byte-level BPE trained on the recipe's own data."""
+
+    vocab_size: Annotated[int, Field(ge=260), NotTruth] = Field(
+        4096, description="Entries of the vocabulary, special tokens included."
+    )
+    bytes: Count = Field(
+        50_000_000, description="Most bytes of text to train on, spread evenly over the documents."
+    )
+
+
+class TokenizerSection(Section):
+    """How text becomes tokens. A plain string means `path`."""
+
+    shorthand = "path"
+    alternatives = ("path | train",)
+
+    path: str | None = Field(
+        None,
+        description="Directory or hub id of a tokenizer, or `bytes` for one token a byte.",
+        examples=["bytes"],
+    )
+    train: TrainTokenizer | None = Field(
+        None, description="Train a byte-level BPE on this recipe's training documents."
+    )
+
+    @model_validator(mode="after")
+    def one_origin(self) -> TokenizerSection:
+        if (self.path is None) == (self.train is None):
+            raise refusal(
+                "`path` and `train` exclude each other" if self.path else "the tokenizer is empty",
+                "write either `path: DIRECTORY` or `train: {vocab_size: 4096}`",
+            )
+        return self
+
+
+SourceKind = Literal["text", "jsonl", "parquet", "arrow", "dataset", "python-stdlib"]
+
+
+class Source(Section):
+    """Where documents come from. A plain string means `path`, or `python-stdlib`."""
+
+    shorthand = "path"
+
+    kind: SourceKind | None = Field(
+        None,
+        description="Kind of source; taken from the path's ending where left out.",
+        examples=["jsonl"],
+    )
+    path: str | None = Field(
+        None,
+        description="File, directory, glob, or Hugging Face dataset (id or saved to disk).",
+        examples=["texts/*.txt"],
+    )
+    field: str = Field("text", description="Column or key that holds the text of a document.")
+    subset: str | None = Field(
+        None,
+        description="Configuration name of a Hugging Face dataset.",
+        examples=["wikitext-2-raw-v1"],
+    )
+    split: str = Field("train", description="Split of a Hugging Face dataset.")
+    limit: Count | None = Field(
+        None, description="Most documents to take from this source.", examples=[10_000]
+    )
+    weight: Positive | None = Field(
+        None,
+        description="Share of the mixture's tokens relative to the other sources' weights. Leave "
+        "it out everywhere to see every document once an epoch.",
+        examples=[2.0],
+    )
+
+    @classmethod
+    def expand(cls, value: Any) -> Any:
+        return {"kind": value} if value == "python-stdlib" else super().expand(value)
+
+    @model_validator(mode="after")
+    def has_path(self) -> Source:
+        if self.kind == "python-stdlib" and self.path is not None:
+            raise refusal(
+                "`python-stdlib` is the interpreter's own library and has no `path`",
+                "leave `path` out, or write `kind: text` to read that path",
+                "path",
+            )
+        if self.kind != "python-stdlib" and self.path is None:
+            raise refusal(
+                "the source has no `path`",
+                "write `path: FILE_OR_FOLDER`, or `kind: python-stdlib` for Python's own library",
+            )
+        return self
+
+
+class DataSection(Section):
+    """Documents, how they are held out, and how they become rows of tokens."""
+
+    sources: list[Source] = Field(
+        default_factory=lambda: [Source(kind="python-stdlib")],
+        min_length=1,
+        description="Where documents come from.",
+        examples=[["python-stdlib"]],
+    )
+    validation: Fraction | list[Source] = Field(
+        0.01, description="Share of documents held out, or sources of their own."
+    )
+    sequence_length: Count = Field(1024, description="Tokens in a row of the batch.")
+    packing: Literal["concat", "best-fit", "none"] = Field(
+        "concat",
+        description="`concat` fills rows end to end and splits documents; `best-fit` splits only "
+        "documents longer than a row; `none` gives each document a row of its own.",
+    )
+    shuffle: bool = Field(True, description="Shuffle documents anew each epoch.")
+    cache: Path | None = Field(
+        None,
+        description="Folder of the token cache; default `~/.cache/trainwright`.",
+        examples=["~/token-cache"],
+    )
+
+    @model_validator(mode="after")
+    def weights_all_or_none(self) -> DataSection:
+        without = [index for index, source in enumerate(self.sources) if source.weight is None]
+        if without and len(without) < len(self.sources):
+            raise refusal(
+                "this source has no `weight`, but others have one",
+                "give `weight` to every source or to none",
+                f"sources.{without[0]}",
+            )
+        return self
