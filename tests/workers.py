@@ -31,6 +31,7 @@ import functools
 import importlib
 import importlib.util
 import inspect
+import itertools
 import multiprocessing
 import os
 import pickle
@@ -127,13 +128,19 @@ def _context() -> Any:
     return context
 
 
+@functools.cache
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    return tempfile.TemporaryDirectory(prefix="workers-")
+
+
+_numbers = itertools.count()
+
+
 def _ranks(world_size: int) -> list[Rank]:
     if world_size in _alive and not all(process.is_alive() for process, _ in _alive[world_size]):
         _kill(world_size)
     if world_size not in _alive:
-        handle, rendezvous = tempfile.mkstemp(prefix="rendezvous-")
-        os.close(handle)
-        Path(rendezvous).unlink()
+        rendezvous = str(Path(_folder().name) / f"rendezvous-{next(_numbers)}")
         _alive[world_size] = [
             _start_rank(rank, world_size, rendezvous) for rank in range(world_size)
         ]
@@ -164,15 +171,15 @@ def _kill(world_size: int) -> None:
 
 
 def _answers(ranks: list[Rank], job: str, deadline: float) -> list[Any]:
-    waiting = {connection: rank for rank, (_, connection) in enumerate(ranks)}
+    waiting: dict[Any, int] = {connection: rank for rank, (_, connection) in enumerate(ranks)}
     results: list[Any] = [None] * len(ranks)
     failures: list[tuple[int, BaseException]] = []
     while waiting:
-        ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+        ready: list[Any] = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
         for connection in ready:
-            rank = waiting.pop(connection)  # type: ignore[index]
+            rank = waiting.pop(connection)
             try:
-                worked, answer = connection.recv()  # type: ignore[union-attr]
+                worked, answer = connection.recv()
             except (EOFError, ConnectionError):
                 process = ranks[rank][0]
                 process.join(timeout=5)

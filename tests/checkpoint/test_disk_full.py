@@ -158,5 +158,8 @@ def test_one_rank_cannot_write(failing: int, number: int, words: str, tmp_path: 
 
 def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
+    store = CheckpointStore(tmp_path / "file")
     with pytest.raises(UserError, match="could not be written"):
-        CheckpointStore(tmp_path / "file").save(1, content(1), {}, asynchronous=False)
+        store.save(1, content(1), {}, asynchronous=False)
+    with pytest.raises(UserError, match="could not be written"):
+        store.claim()

@@ -187,14 +187,21 @@ def test_a_failed_export_leaves_the_former_one(
     save_llama(tmp_path / "checkpoints", tied=True)
     export(tmp_path / "checkpoints", tmp_path / "export", tied=True)
 
-    def full(_: int) -> None:
+    real = os.rename
+
+    def full(*_: Any) -> None:
         raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match=r"No space left on device \(it needs .* kB"):
-        export(tmp_path / "checkpoints", tmp_path / "export", tied=True, card="never")
-    assert (tmp_path / "export" / "README.md").read_text() == "a card"
-    assert {path.name for path in tmp_path.iterdir()} == {"checkpoints", "export"}
+    def full_at_the_end(source: Path, target: Path) -> None:
+        full() if source.name == ".export.tmp" else real(source, target)
+
+    for call, fault in (("fsync", full), ("rename", full_at_the_end)):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, fault)
+            with pytest.raises(UserError, match=r"No space left on device \(it needs .* kB"):
+                export(tmp_path / "checkpoints", tmp_path / "export", tied=True, card="never")
+        assert (tmp_path / "export" / "README.md").read_text() == "a card"
+        assert {path.name for path in tmp_path.iterdir()} == {"checkpoints", "export"}
 
 
 def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:

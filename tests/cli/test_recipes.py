@@ -131,6 +131,12 @@ def test_validate_summarises_and_prints(tmp_path: Path) -> None:
     assert recipe == load_recipe(tmp_path / "quickstart.yaml", ["training.steps=7"])
     assert "keep_last: 2" in printed.stdout
 
+    (tmp_path / "[bold]a.txt").write_text("a glob's brackets are no markup")
+    globbed = trainwright(
+        "validate", "quickstart.yaml", "data.sources.0='[[]bold]*.txt'", folder=tmp_path
+    )
+    assert "[[]bold]*.txt" in globbed.stdout, globbed.stderr
+
     illegal = trainwright("validate", "quickstart.yaml", "parallel.workers=3", folder=tmp_path)
     assert illegal.returncode == 2
     assert "16 rows do not share out evenly over 3 workers" in illegal.stderr
@@ -171,3 +177,31 @@ def test_the_package_itself_imports_no_torch(tmp_path: Path) -> None:
         [sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, timeout=60
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("raised", "code", "traceback"),
+    [
+        ("KeyboardInterrupt", 130, False),
+        ("UserError('wrong', fix='right')", 2, False),
+        ("RuntimeError('a fault of ours')", 1, True),
+    ],
+)
+def test_exit_codes(raised: str, code: int, traceback: bool, tmp_path: Path) -> None:
+    script = (
+        "import sys\n"
+        "from trainwright.cli import main as door\n"
+        "from trainwright.errors import UserError\n"
+        "@door.app.command()\n"
+        "def boom() -> None:\n"
+        f"    raise {raised}\n"
+        "sys.argv = ['trainwright', 'boom']\n"
+        "door.main()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, timeout=60
+    )
+    assert done.returncode == code
+    assert ("Traceback" in done.stderr) is traceback
+    if code == 2:
+        assert done.stderr == "error: wrong\n    fix: right\n"

@@ -107,9 +107,9 @@ CASES: dict[str, tuple[str, str, int, str, list[str]]] = {
         ["unknown key `pth`", "did you mean `path`?"],
     ),
     "text for a list": (
-        "schedule: cosine", "evaluation: {samples: {prompts: Hello}}", 16,
+        "schedule: cosine", "evaluation: {samples: {prompts: 'Hello, you'}}", 16,
         "evaluation.samples.prompts",
-        ["expected a list of texts", "`prompts: [Hello]`"],
+        ["expected a list of texts", '`prompts: ["Hello, you"]`'],
     ),
     "list of the wrong length": (
         "  name: adamw", "  name: adamw\n  betas: [0.9]", 15, "optimizer.betas",

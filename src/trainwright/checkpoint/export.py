@@ -67,7 +67,7 @@ def export_checkpoint(
     damaged = integrity.verify_files(root, step, _model_files(manifest))
     if damaged:
         raise UserError(damaged)
-    entries = _entries(step_directory(root, step), manifest, hf_config, DTYPES[dtype])
+    entries = _entries(step_directory(root, step), manifest, DTYPES[dtype])
     beside = destination.with_name(f".{destination.name}.tmp")
     try:
         shutil.rmtree(beside, ignore_errors=True)
@@ -164,11 +164,8 @@ def _model_files(manifest: Manifest) -> list[StoredFile]:
     return [file for file in manifest.files if file.name in names]
 
 
-def _entries(
-    directory: Path, manifest: Manifest, hf_config: Mapping[str, Any], dtype: torch.dtype
-) -> list[Entry]:
-    """What the shards hold: all of the model, but a tied head only as the embedding."""
-    tied = hf_config.get("tie_word_embeddings", False)
+def _entries(directory: Path, manifest: Manifest, dtype: torch.dtype) -> list[Entry]:
+    """What the shards hold: all of the model. A tied head was saved as the embedding alone."""
     entries = [
         Entry(
             name,
@@ -177,7 +174,6 @@ def _entries(
             partial(_read_as, directory, tensor, dtype),
         )
         for name, tensor in _model_tensors(manifest).items()
-        if not (tied and name == "lm_head.weight")
     ]
     # Elements of one size lie together, so that each tensor is aligned in its file.
     return sorted(entries, key=lambda entry: -entry.dtype.itemsize)
@@ -267,7 +263,12 @@ def _move_into_place(beside: Path, destination: Path) -> None:
     shutil.rmtree(former, ignore_errors=True)
     if destination.exists():
         destination.rename(former)
-    beside.rename(destination)
+    try:
+        beside.rename(destination)
+    except OSError:
+        if former.exists():
+            former.rename(destination)
+        raise
     sync_directory(destination.parent)
     shutil.rmtree(former, ignore_errors=True)
 

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -98,11 +97,8 @@ def optimizer_state(model: nn.Module, optimizers: Optimizers) -> State:
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     if isinstance(model, DistributedDataParallel):
         model = model.module
-    for module in model.modules():
-        # After a forward pass alone, some weights are still whole: what is saved is the shard.
-        if isinstance(module, FSDPModule):
-            module.reshard()
     seen: set[int] = set()
+    # FSDP's `state_dict` gives shards also of weights that a forward pass alone has left whole.
     for name, tensor in model.state_dict(keep_vars=True).items():
         if isinstance(tensor, Tensor) and id(tensor) not in seen:
             seen.add(id(tensor))

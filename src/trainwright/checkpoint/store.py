@@ -10,7 +10,7 @@ import functools
 import json
 import logging
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -235,14 +235,16 @@ class CheckpointStore:
             raise _mistakes(found)
         return [theirs for _, theirs in answers]
 
-    def _on_first_rank(self, action: Any) -> None:
-        """Run `action` on rank 0; its UserError is raised on every rank."""
+    def _on_first_rank(self, action: Callable[[], None]) -> None:
+        """Run `action` on rank 0; what goes wrong there is raised on every rank."""
         mistakes: tuple[Mistake, ...] = ()
         if self._rank == 0:
             try:
                 action()
             except UserError as error:
                 mistakes = error.mistakes
+            except OSError as error:
+                mistakes = commit.failed_write(error, self.root, 0).mistakes
         self._agree(list(mistakes))
 
     def _lock_root(self) -> None:

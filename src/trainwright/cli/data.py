@@ -212,16 +212,16 @@ def _print_facts(
 
     from trainwright.cli.token_text import token_text
 
-    def tokens(ids: list[int]) -> str:
-        return " ".join(token_text(encoder, token) for token in ids) or "nothing"
+    def tokens(ids: list[int]) -> list[str]:
+        return [token_text(encoder, token) for token in ids]
 
+    document = " ".join([*tokens(encoder.prefix), "text", *tokens(encoder.suffix)])
     train = prepared.train
     figures = train.packing_figures()
     steps = train.epoch_steps()
     pad = token_text(encoder, prepared.pad_id)
     facts = {
-        "tokenizer": f"{encoder.vocabulary:,} tokens; a document is {tokens(encoder.prefix)} + "
-        f"text + {tokens(encoder.suffix)}; padding is {pad}",
+        "tokenizer": f"{encoder.vocabulary:,} tokens; a document is: {document}; padding is {pad}",
         "rows": f"{figures.rows:,} an epoch, of {train.sequence_length:,} tokens: {steps:,} steps "
         f"of {train.batch_rows} rows",
         "packing": f"{recipe.data.packing}: {figures.filled:.2%} of the positions hold tokens, "

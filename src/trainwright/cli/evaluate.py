@@ -23,9 +23,7 @@ def evaluate(
         list[str] | None,
         typer.Option(help="File, folder or glob to score, not the run's held-out documents."),
     ] = None,
-    step: Annotated[
-        int | None, typer.Option(help="Saved step; default the newest.")
-    ] = None,
+    step: Annotated[int | None, typer.Option(help="Saved step; default the newest.")] = None,
     sequence_length: Annotated[
         int | None, typer.Option(help="Tokens of context; default the recipe's, else 1,024.")
     ] = None,

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from trainwright.recipe.schema import Recipe
 
 INIT_EXAMPLE = """
@@ -72,7 +74,7 @@ def init(
         raise UserError(
             f"{file} cannot be written: {reason}", fix="choose another --output"
         ) from None
-    console.print(f"Wrote {file}. Next: [bold]trainwright train {file}[/bold]")
+    typer.echo(f"Wrote {file}. Next: trainwright train {file}")
 
 
 def validate(
@@ -113,15 +115,13 @@ init.__doc__ = f"{init.__doc__}\n{INIT_EXAMPLE}"
 validate.__doc__ = f"{validate.__doc__}\n{VALIDATE_EXAMPLE}"
 
 
-def _print_presets(console: object) -> None:
-    from rich.console import Console
+def _print_presets(console: Console) -> None:
     from rich.table import Table
 
     from trainwright.models.families import decoder_config, new_hf_config
     from trainwright.planner.shapes import parameter_count
     from trainwright.recipe.presets import TABLE
 
-    assert isinstance(console, Console)
     table = Table(title="model: {family: FAMILY, preset: PRESET}", title_justify="left", box=None)
     table.add_column("family", style="bold")
     table.add_column("preset", style="bold")
@@ -145,21 +145,20 @@ def _print_presets(console: object) -> None:
     )
 
 
-def _print_summary(recipe: Recipe, console: object) -> None:
-    from rich.console import Console
+def _print_summary(recipe: Recipe, console: Console) -> None:
+    from rich.markup import escape
     from rich.table import Table
 
     from trainwright.planner.known_model import known_config
     from trainwright.planner.plan import make_plan
     from trainwright.train.machine import detect_machine
 
-    assert isinstance(console, Console)
     config = known_config(recipe.model, recipe.tokenizer)
     plan = make_plan(recipe, detect_machine(), config)
     rows = [("model", _model(recipe)), ("data", _data(recipe)), ("length", _length(recipe))]
     table = Table(box=None, show_header=False)
     for name, value in [*rows, *plan.explain(config)]:
-        table.add_row(name, value, style=None)
+        table.add_row(name, escape(value))
     console.print(f"[bold]{recipe.name}[/bold]: nothing is wrong with the recipe.")
     console.print(table)
 
@@ -183,4 +182,4 @@ def _length(recipe: Recipe) -> str:
         return f"{training.steps:,} steps"
     if training.tokens is not None:
         return f"{training.tokens:,} tokens"
-    return f"{training.epochs:g} epochs"
+    return "1 epoch" if training.epochs == 1 else f"{training.epochs:g} epochs"

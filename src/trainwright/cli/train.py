@@ -32,9 +32,11 @@ def train(
     from trainwright.train import api
     from trainwright.train.launch import INTERRUPTED, RunInterrupted, WorkerFailed
 
-    console = Console()
+    console = Console(highlight=False)
     try:
-        result = api.train(recipe, *(overrides or []), say=lambda text: console.print(text))
+        result = api.train(
+            recipe, *(overrides or []), say=lambda text: console.print(text, markup=False)
+        )
     except RunInterrupted:
         command = " ".join(["trainwright train", str(recipe), *(overrides or [])])
         console.print(f"Stopped and saved. Continue with: [bold]{command}[/bold]")

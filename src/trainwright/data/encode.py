@@ -167,14 +167,7 @@ def _agreement(
 
 
 def _token_starting_at(encoding: Encoding, character: int) -> int | None:
-    def begin(token: int) -> int | None:
-        characters = encoding.token_to_chars(token)
-        return None if characters is None else characters[0]
-
+    """The first token of a character, if it begins there."""
     token = encoding.char_to_token(character)
-    if token is None or begin(token) != character:
-        return None
-    # Of the several tokens of one character, the first.
-    while token > 0 and begin(token - 1) == character:
-        token -= 1
-    return token
+    characters = None if token is None else encoding.token_to_chars(token)
+    return token if characters is not None and characters[0] == character else None

@@ -156,4 +156,8 @@ def _explained(error: OSError, folder: Path) -> Exception:
     if error.errno in _NO_RIGHT:
         what = f"the data cache may not be written to {error.filename or folder.parent}"
         return UserError(Mistake(what, f"change the rights, {elsewhere}", key="data.cache"))
+    in_the_way = [each for each in folder.parents if each.exists() and not each.is_dir()]
+    if in_the_way:
+        what = f"the data cache cannot be in {in_the_way[0]}, which is a file"
+        return UserError(Mistake(what, "set `data.cache` to a folder", key="data.cache"))
     return error

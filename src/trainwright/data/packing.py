@@ -69,8 +69,9 @@ def pack_concat(lengths: Ints, documents: Ints, sequence_length: int) -> Layout:
     ends = np.cumsum(lengths)
     begins = ends - lengths
     total = int(ends[-1])
-    # A last row of one token is the last token of the last document: no context and no target.
-    rows = max(-(-total // sequence_length) - (total % sequence_length == 1 and total > 1), 1)
+    rows = _ceil(total, sequence_length)
+    if rows > 1 and (rows - 1) * sequence_length == total - 1:
+        rows -= 1  # it holds one token, the last of the last document: no context and no target
     first_row = begins // sequence_length
     runs = (ends - 1) // sequence_length - first_row + 1
     which = np.repeat(np.arange(len(lengths)), runs)

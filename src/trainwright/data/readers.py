@@ -51,7 +51,7 @@ def open_bytes(path: Path) -> IO[bytes]:
 def read_text_files(located: Located, source: Source) -> Iterator[Document]:
     """One document a file. UserError for bytes that are not UTF-8 text."""
     for file in located.files:
-        with _reading(file), open_bytes(file) as stream:
+        with reading(file), open_bytes(file) as stream:
             content = stream.read()
         yield Document(located.name_of(file), decode_text(content, file))
 
@@ -69,7 +69,7 @@ def read_jsonl(located: Located, source: Source) -> Iterator[Document]:
     """One document a line, numbered from 1; blank lines count, but are no documents."""
     for file in located.files:
         name = located.name_of(file)
-        with _reading(file), open_bytes(file) as stream:
+        with reading(file), open_bytes(file) as stream:
             for number, line in enumerate(_lines(stream), start=1):
                 if not line.isspace():
                     yield Document(f"{name}:{number}", _json_text(line, source.field, file, number))
@@ -80,7 +80,7 @@ def read_parquet(located: Located, source: Source) -> Iterator[Document]:
     from pyarrow.parquet import ParquetFile
 
     for file in located.files:
-        with _reading(file), ParquetFile(file) as table:
+        with reading(file), ParquetFile(file) as table:
             _check_column(table.schema_arrow, source.field, file)
             batches = table.iter_batches(batch_size=_ROWS_AT_ONCE, columns=[source.field])
             yield from _rows(located.name_of(file), batches)
@@ -91,7 +91,7 @@ def read_arrow(located: Located, source: Source) -> Iterator[Document]:
     import pyarrow
 
     for file in located.files:
-        with _reading(file), pyarrow.memory_map(str(file)) as mapped:
+        with reading(file), pyarrow.memory_map(str(file)) as mapped:
             is_file = mapped.read(6) == b"ARROW1"
             mapped.seek(0)
             reader = pyarrow.ipc.open_file(mapped) if is_file else pyarrow.ipc.open_stream(mapped)
@@ -188,7 +188,7 @@ def _json_text(line: bytes, field: str, file: Path, number: int) -> str:
         return UserError(Mistake(what, fix, where=f"{file}:{number}"))
 
     try:
-        record = json.loads(line.decode())
+        record = json.loads(line.rstrip().decode())
     except UnicodeDecodeError as error:
         what = f"is not UTF-8 text: byte 0x{line[error.start]:02x} in column {error.start + 1}"
         raise refuse(what, "convert the file to UTF-8") from None
@@ -198,7 +198,7 @@ def _json_text(line: bytes, field: str, file: Path, number: int) -> str:
         if number == 1 and line.lstrip().startswith(b"["):
             fix = "write one object a line: `jq -c '.[]' FILE > FILE.jsonl`"
             raise refuse("is one JSON array, not JSON lines", fix) from None
-        what = f"is not valid JSON: {error.msg}, column {error.colno}"
+        what = f"is not valid JSON: {error.msg} (column {error.colno})"
         raise refuse(what, "mend or delete this line") from None
     if isinstance(record, list) and number == 1:
         fix = "write one object a line: `jq -c '.[]' FILE > FILE.jsonl`"
@@ -257,7 +257,7 @@ def _rows(name: str, batches: Iterable[Any]) -> Iterator[Document]:
                 row += 1
 
 
-class _reading:  # noqa: N801 - reads as a statement: `with _reading(file):`
+class reading:  # noqa: N801 - reads as a statement: `with reading(file):`
     """Turns what a broken or unreadable file brings into a UserError that names the file."""
 
     def __init__(self, file: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from trainwright.data.locate import KIND_OF, Located, bare_ending, locate
-from trainwright.data.readers import READERS, Document, decode_text, open_bytes
+from trainwright.data.readers import READERS, Document, decode_text, open_bytes, reading
 from trainwright.errors import Mistake, UserError
 from trainwright.recipe.schema import Source
 
@@ -64,7 +64,7 @@ def check_source(source: Source, key: str = "") -> list[Mistake]:
 
 def _check_beginning(file: Path) -> None:
     """UserError if the first bytes are not text. A character cut at the end is no mistake."""
-    with open_bytes(file) as stream:
+    with reading(file), open_bytes(file) as stream:
         content = stream.read(_FIRST_BYTES)
     if len(content) == _FIRST_BYTES:
         content = content[: content.rfind(b"\n") + 1]

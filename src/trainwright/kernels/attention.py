@@ -157,9 +157,9 @@ def _block_mask(
     def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
         seen = key <= query
         if window is not None:
-            seen &= key > query - window
+            seen = seen & (key > query - window)
         if segments is not None:
-            seen &= segments[batch, query] == segments[batch, key]
+            seen = seen & (segments[batch, query] == segments[batch, key])
         return seen
 
     batch = None if segments is None else segments.shape[0]

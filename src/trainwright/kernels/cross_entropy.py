@@ -83,7 +83,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         offset = None if bias is None else bias.to(dtype)
         hidden_gradient = torch.empty_like(hidden) if wants_hidden else None
         weight_gradient: Tensor | None = None
-        bias_gradient = torch.zeros_like(bias, dtype=torch.float32) if wants_bias else None
+        bias_gradient = matrix.new_zeros(len(matrix), dtype=torch.float32) if wants_bias else None
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
 
         with torch.autocast(hidden.device.type, enabled=False):

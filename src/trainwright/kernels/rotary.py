@@ -59,12 +59,11 @@ class _Rotate(torch.autograd.Function):
 
 
 def _turn(x: Tensor, cos: Tensor, sin: Tensor, sign: int) -> Tensor:
-    half = cos.shape[-1]
-    cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
-    first, second, rest = x.split([half, half, x.shape[-1] - 2 * half], dim=-1)
-    # Written in place, in one pass a half: joining new tensors would copy them once more.
-    result = torch.empty_like(x)
-    result[..., :half].copy_(first * cos).addcmul_(second, sin, value=-sign)
-    result[..., half : 2 * half].copy_(second * cos).addcmul_(first, sin, value=sign)
-    result[..., 2 * half :] = rest
+    half, rest = cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]
+    # Two passes over x and no joining of halves, which would copy everything once more.
+    still = cos.new_ones(*cos.shape[:-1], rest)
+    result = x * torch.cat([cos, cos, still], dim=-1).unsqueeze(2)
+    sin = sin.unsqueeze(2)
+    result[..., :half].addcmul_(x[..., half : 2 * half], sin, value=-sign)
+    result[..., half : 2 * half].addcmul_(x[..., :half], sin, value=sign)
     return result

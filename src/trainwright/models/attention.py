@@ -18,7 +18,7 @@ class Attention(nn.Module):
         super().__init__()
         self.head_dim = config.head_dim
         self.scale, self.softcap = config.attention_scale, config.attention_softcap
-        self.rope = config.layer_ropes[layer]
+        self.rotates = config.layer_ropes[layer] is not None
         self.widths = [config.num_heads * config.head_dim] + [
             config.num_kv_heads * config.head_dim
         ] * 2
@@ -49,13 +49,7 @@ class Attention(nn.Module):
         mask: Mask | None = None,
         cache: LayerCache | None = None,
     ) -> Tensor:
-        """[batch, sequence, hidden] in and out.
-
-        cos and sin [batch or 1, sequence, dim/2] are the tokens' own. Where frequencies depend on
-        the document's length they cover the cache too, which then holds keys unturned: a longer
-        document turns all of them anew.
-        """
-        tokens = hidden.shape[1]
+        """[batch, sequence, hidden] in and out; cos and sin [batch or 1, sequence, dim/2]."""
         if self.fused:
             q, k, v = self.qkv_proj(hidden).split(self.widths, dim=-1)
         else:
@@ -66,16 +60,11 @@ class Attention(nn.Module):
         if self.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
 
-        late = cache is not None and self.rope is not None and self.rope.depends_on_length
-        if self.rope is not None:
-            q = rotate(q, cos[:, -tokens:], sin[:, -tokens:])
-            k = k if late else rotate(k, cos, sin)
+        if self.rotates:
+            q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.update(k, v)
-        if late:
-            seen = k.shape[2]
-            k = rotate(k.transpose(1, 2), cos[:, -seen:], sin[:, -seen:]).transpose(1, 2)
 
         mixed = attention(q, k, v, mask=mask, scale=self.scale, softcap=self.softcap)
         return self.o_proj(mixed.transpose(1, 2).flatten(2))

@@ -59,20 +59,20 @@ class KeyValueCache:
     def __init__(self, config: DecoderConfig, capacity: int = 256) -> None:
         self.layers = [LayerCache(window, capacity) for window in config.layer_windows]
         self.length = 0  # tokens of each row so far, padding included
-        self._positions: Tensor | None = None
         self._segments: Tensor | None = None
 
-    def extend(self, positions: Tensor, segments: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Add the newest tokens' positions and segments; returns those of all tokens so far."""
-        if self._positions is not None:
-            if (segments is None) != (self._segments is None):
-                raise ValueError("give segment_ids to every pass of a generation, or to none")
-            positions = torch.cat([self._positions, positions], dim=1)
-            if segments is not None and self._segments is not None:
-                segments = torch.cat([self._segments, segments], dim=1)
-        self._positions, self._segments = positions, segments
-        self.length = positions.shape[1]
-        return positions, segments
+    def extend(self, added: int, segments: Tensor | None) -> Tensor | None:
+        """Count the newest tokens; returns the segments of all tokens so far, where any came.
+
+        segments [batch, added] come with every pass of a generation or with none.
+        """
+        if self.length and (segments is None) != (self._segments is None):
+            raise ValueError("give segment_ids to every pass of a generation, or to none")
+        if self._segments is not None and segments is not None:
+            segments = torch.cat([self._segments, segments], dim=1)
+        self.length += added
+        self._segments = segments
+        return segments
 
 
 def visible(total: int, added: int, window: int | None) -> int:

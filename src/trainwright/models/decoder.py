@@ -120,14 +120,12 @@ class Trunk(nn.Module):
     ) -> Tensor:
         config, tokens, device = self.config, input_ids.shape[1], input_ids.device
         past = cache.length if cache is not None else 0
-        positions = position_ids
-        if positions is None:
-            positions = torch.arange(past, past + tokens, device=device).unsqueeze(0)
-        if cache is not None:
-            positions, segment_ids = cache.extend(positions, segment_ids)
-
+        if position_ids is None:
+            position_ids = torch.arange(past, past + tokens, device=device).unsqueeze(0)
         hidden = self.embed(input_ids)
-        tables = self.rotary_tables(positions, segment_ids, tokens, hidden.dtype)
+        tables = self.rotary_tables(position_ids, segment_ids, hidden.dtype)
+        if cache is not None:
+            segment_ids = cache.extend(tokens, segment_ids)
         masks = {}
         for window in set(config.layer_windows):
             keys = visible(past + tokens, tokens, window)
@@ -146,22 +144,15 @@ class Trunk(nn.Module):
         return self.norm(hidden)
 
     def rotary_tables(
-        self, positions: Tensor, segments: Tensor | None, tokens: int, dtype: torch.dtype
+        self, positions: Tensor, segments: Tensor | None, dtype: torch.dtype
     ) -> dict[RopeSpec | None, tuple[Tensor, Tensor]]:
-        """cos and sin for each kind of layer; all layers of a kind share them.
-
-        `positions` and `segments` cover the cache and the newest `tokens`. Only frequencies that
-        depend on the document's length need angles for the cache as well.
-        """
-        tables: dict[RopeSpec | None, tuple[Tensor, Tensor]] = {}
+        """cos and sin for each kind of layer; all layers of a kind share them."""
+        lengths = document_lengths(positions, segments) if self.config.depends_on_length else None
+        none = positions.new_empty(1, positions.shape[1], 0, dtype=dtype)
+        tables: dict[RopeSpec | None, tuple[Tensor, Tensor]] = {None: (none, none)}
         for spec, rope in self.ropes.items():
-            if spec.depends_on_length:
-                lengths = document_lengths(positions, segments)
-                tables[spec] = rope.tables(positions, lengths, dtype)
-            else:
-                tables[spec] = rope.tables(positions[:, -tokens:], None, dtype)
-        none = positions.new_empty(1, tokens, 0, dtype=dtype)
-        return {**tables, None: (none, none)}
+            tables[spec] = rope.tables(positions, lengths, dtype)
+        return tables
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """The stream's first value, in the type that products run in."""
@@ -180,6 +171,8 @@ class Decoder(nn.Module):
 
     # Generation may put padding before a row's tokens.
     pads_left = True
+    # Rotary positions have no end: past the context that it was trained on a model gets worse.
+    max_positions: int | None = None
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -195,6 +188,12 @@ class Decoder(nn.Module):
     def blocks(self) -> list[nn.Module]:
         """The layers, each to be recomputed, compiled and sharded by itself."""
         return list(self.model.layers)
+
+    @property
+    def refill_lengths(self) -> frozenset[int]:
+        """Lengths past which all of a text is turned by other angles, so that a cache is void."""
+        ropes = filter(None, self.config.layer_ropes)
+        return frozenset(r.original_max_positions for r in ropes if r.kind == "longrope")
 
     def new_cache(self, capacity: int = 256) -> KeyValueCache:
         """An empty key-value cache with room for `capacity` tokens a row."""

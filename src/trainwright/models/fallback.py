@@ -22,9 +22,8 @@ class FallbackCache:
     """What a generation has seen: transformers' own cache, or the tokens where it has none."""
 
     def __init__(self, inner: Any) -> None:
-        self.length = 0
-        self.tokens: Tensor | None = None
         self.inner = inner
+        self.tokens: Tensor | None = None
 
 
 class FallbackModel(nn.Module):
@@ -35,6 +34,7 @@ class FallbackModel(nn.Module):
 
     # Generation gives it rows of one length: not every class can be padded on the left.
     pads_left = False
+    refill_lengths: frozenset[int] = frozenset()
 
     def __init__(self, inner: Any) -> None:
         super().__init__()
@@ -47,17 +47,26 @@ class FallbackModel(nn.Module):
             self.register_parameter(name, parameter)
         self.hf: dict[str, Any] = inner.config.to_dict()
         self.stop_token_ids: tuple[int, ...] = ()
+        self.max_positions: int | None = self.hf.get("n_positions") or self.hf.get(
+            "max_position_embeddings"
+        )
         self.vocab_size: int = inner.get_output_embeddings().weight.shape[0]
         parameters = inspect.signature(inner.forward).parameters
         self._caches = "past_key_values" in parameters
+        self._keeps_last = "logits_to_keep" in parameters
         self._takes_positions = "position_ids" in parameters
         self._tried: dict[str, bool] = {}
 
     @property
     def blocks(self) -> list[nn.Module]:
         """The layers, as transformers names those that must not be split."""
-        names = self._inner[0]._no_split_modules or ()
-        return [module for module in self.modules() if type(module).__name__ in names]
+        classes = self._inner[0]._no_split_modules or ()
+        found: dict[str, nn.Module] = {}
+        for name, module in self.named_modules():
+            inside = any(name.startswith(f"{block}.") for block in found)
+            if type(module).__name__ in classes and not inside:
+                found[name] = module
+        return list(found.values())
 
     def train(self, mode: bool = True) -> FallbackModel:
         """Notes the mode, and leaves the inner model without dropout."""
@@ -79,7 +88,10 @@ class FallbackModel(nn.Module):
         cache: FallbackCache | None = None,
         head: HeadFunction | None = None,
     ) -> Any:
-        """As `Decoder.forward`. Raises UserError where the inner class cannot do what is asked."""
+        """As `Decoder.forward`; with a cache, the logits of each row's last token only.
+
+        Raises UserError where the inner class cannot do what is asked.
+        """
         options: dict[str, Any] = {"use_cache": False} if self._caches else {}
         if cache is not None:
             if segment_ids is not None or position_ids is not None:
@@ -96,15 +108,18 @@ class FallbackModel(nn.Module):
         return head(self._hidden(input_ids, options), self._output_head())
 
     def _generate(self, input_ids: Tensor, cache: FallbackCache) -> Tensor:
-        """Logits of the newest tokens, after those that the cache has seen."""
-        cache.length += input_ids.shape[1]
+        """Logits [batch, 1, vocabulary] after the newest tokens, which follow the cache's."""
+        options: dict[str, Any] = {"logits_to_keep": 1} if self._keeps_last else {}
         if self._caches:
-            output = self._inner[0](input_ids, past_key_values=cache.inner, use_cache=True)
+            output = self._inner[0](
+                input_ids, past_key_values=cache.inner, use_cache=True, **options
+            )
             cache.inner = output.past_key_values
-            return output.logits.float()
-        seen = [] if cache.tokens is None else [cache.tokens]
-        cache.tokens = torch.cat([*seen, input_ids], dim=1)
-        return self._inner[0](cache.tokens).logits[:, -input_ids.shape[1] :].float()
+        else:
+            seen = [] if cache.tokens is None else [cache.tokens]
+            cache.tokens = torch.cat([*seen, input_ids], dim=1)
+            output = self._inner[0](cache.tokens, **options)
+        return output.logits[:, -1:].float()
 
     def _hidden(self, input_ids: Tensor, options: dict[str, Any]) -> Tensor:
         return self._inner[0].base_model(input_ids, **options)[0]

@@ -285,14 +285,18 @@ class _Reader:
     def rope(
         self, key: str, parameters: Mapping[str, Any], head_dim: int, base: str = "rope_theta"
     ) -> RopeSpec | None:
+        positions = self.get("max_position_embeddings")
+        if not self.sound("max_position_embeddings"):
+            positions = 1
+        known = self.sound("hidden_size", "num_attention_heads", "head_dim")
         # transformers takes this key for every family where a config has it, declared or not.
         original = self.hf.get("original_max_position_embeddings")
         original = original or self.get("original_max_position_embeddings")
         spec, mistakes = read_rope(
             parameters,
             key=f"model.config.{key}",
-            head_dim=head_dim,
-            max_positions=self.get("max_position_embeddings"),
+            head_dim=head_dim if known else None,
+            max_positions=positions,
             theta=self.number(base, self.defaults[base]),
             partial=self.number("partial_rotary_factor"),
             original_max_positions=original,

@@ -22,6 +22,20 @@ REQUIRED: dict[str, tuple[str, ...]] = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "longrope": ("short_factor", "long_factor"),
 }
+# Keys whose values are numbers, where they are given.
+NUMBERS = (
+    "rope_theta",
+    "factor",
+    "attention_factor",
+    "original_max_position_embeddings",
+    "partial_rotary_factor",
+    "low_freq_factor",
+    "high_freq_factor",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+)
 
 
 @dataclass(frozen=True)
@@ -57,7 +71,7 @@ def read_rope(
     parameters: Mapping[str, Any],
     *,
     key: str,
-    head_dim: int,
+    head_dim: int | None,
     max_positions: int,
     theta: float,
     partial: float = 1.0,
@@ -67,8 +81,9 @@ def read_rope(
     """The spec that `parameters` (a `rope_parameters` or `rope_scaling` mapping) describes.
 
     `theta`, `partial` (share of a head that turns) and `original_max_positions` stand in where the
-    mapping leaves them out; `kinds` are those that the family allows; `key` is the config key to
-    name in mistakes. Returns no spec where there are mistakes.
+    mapping leaves them out; a `head_dim` of None is unknown, and what hangs on it is not checked;
+    `kinds` are those that the family allows; `key` is the config key to name in mistakes. Returns
+    no spec where there are mistakes.
     """
     kind = parameters.get("rope_type") or parameters.get("type") or "default"
     kind = "longrope" if kind == "su" else kind
@@ -81,8 +96,15 @@ def read_rope(
         for name in REQUIRED[kind]
         if parameters.get(name) is None
     ]
-    dim = int(head_dim * parameters.get("partial_rotary_factor", partial))
-    if dim < 2 or dim % 2:
+    for name in NUMBERS:
+        value = parameters.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
+            mistakes.append(Mistake(f"`{name}` is {value!r}", "a number", f"{key}.{name}"))
+    if mistakes:
+        return None, mistakes
+    share = parameters.get("partial_rotary_factor", partial)
+    dim = int(head_dim * share) if head_dim is not None else 0
+    if head_dim is not None and (dim < 2 or dim % 2):
         mistakes.append(
             Mistake(
                 f"rotary embeddings turn pairs of channels, but {dim} of a head's {head_dim} turn",
@@ -90,7 +112,7 @@ def read_rope(
                 "model.config.head_dim",
             )
         )
-    if kind == "longrope":
+    if kind == "longrope" and head_dim is not None:
         for name in REQUIRED[kind]:
             found = len(parameters.get(name) or ())
             if found not in (0, dim // 2):

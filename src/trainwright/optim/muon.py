@@ -68,6 +68,7 @@ class Muon(torch.optim.Optimizer):
 
     def _update(self, parameter: Tensor, group: dict[str, Any]) -> None:
         gradient, state = parameter.grad, self.state[parameter]
+        assert gradient is not None
         if "momentum" not in state:
             state["momentum"] = torch.zeros_like(parameter)
         momentum = state["momentum"]
@@ -76,7 +77,7 @@ class Muon(torch.optim.Optimizer):
         if isinstance(direction, DTensor):
             whole = orthogonalise(direction.full_tensor(), self.dtype)
             # Every rank holds the whole update already: cut out the own part, send nothing.
-            update = distribute_tensor(
+            update: Tensor = distribute_tensor(
                 whole, direction.device_mesh, direction.placements, src_data_rank=None
             )
         else:

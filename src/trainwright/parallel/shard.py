@@ -30,6 +30,8 @@ def shard(
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
+            # Plain sums: gloo has no reduction that also multiplies.
+            module.set_force_sum_reduction_for_comms(True)
 
 
 def replicate(model: nn.Module, device: torch.device) -> DistributedDataParallel:
@@ -43,9 +45,7 @@ def replicate(model: nn.Module, device: torch.device) -> DistributedDataParallel
     return replica
 
 
-def _sum_gradients(
-    state: object, bucket: dist.GradBucket
-) -> torch.futures.Future[torch.Tensor]:
+def _sum_gradients(state: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
     buffer = bucket.buffer()
     future = dist.all_reduce(buffer, async_op=True).get_future()
     return future.then(lambda _: buffer)

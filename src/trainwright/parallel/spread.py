@@ -3,39 +3,44 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
+from trainwright.models.decoder import Decoder
+from trainwright.models.fallback import FallbackModel
 from trainwright.parallel.precision import sharded_policy
 from trainwright.parallel.recompute import recompute_block
 from trainwright.parallel.shard import replicate, shard
 from trainwright.parallel.world import World, build_mesh
 from trainwright.planner.plan import Plan
 
+Model = Decoder | FallbackModel
+
 
 @dataclass(frozen=True)
 class SpreadModel:
     """`model` has the parameters, under their own names; `forward` is what a step calls."""
 
-    model: nn.Module
+    model: Model
     forward: nn.Module
     sharded: bool
 
 
 def spread(
-    model: nn.Module,
-    blocks: list[nn.Module],
+    model: Model,
     plan: Plan,
     world: World,
-    fill: Callable[[nn.Module], None],
+    fill: Callable[[Model], None],
 ) -> SpreadModel:
     """Recompute → compile → shard → materialise → fill → replicate.
 
     `model` is on meta, or already holds its weights; `fill` writes the weights of a model that
     was on meta into the memory it now has, each worker its own part.
     """
+    blocks = list(model.blocks)
     if plan.recompute != "none":
         for block in blocks:
             recompute_block(block, plan.recompute)
@@ -62,6 +67,6 @@ def spread(
     return SpreadModel(model, forward, sharded)
 
 
-def force_eager() -> torch.compiler.set_stance:
+def force_eager() -> AbstractContextManager:
     """Run compiled blocks plainly: generation's shapes change with every token."""
     return torch.compiler.set_stance("force_eager")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -38,6 +39,18 @@ class ModelSection(Section):
     trust_remote_code: bool = Field(
         False, description="Run Python code shipped inside a pretrained model's directory."
     )
+
+    @model_validator(mode="after")
+    def finite_config(self) -> ModelSection:
+        try:
+            json.dumps(self.config, allow_nan=False)
+        except ValueError:
+            raise refusal(
+                "a number is not finite, which no config.json can hold",
+                "write a plain number",
+                "config",
+            ) from None
+        return self
 
     @model_validator(mode="after")
     def one_origin(self) -> ModelSection:

@@ -181,7 +181,7 @@ def _repair(path: KeyPath, field: FieldInfo | None, annotation: Any, given: Any)
     if str in kinds and isinstance(given, int | float):
         return f'put it in quotes: `"{given}"`'
     if any(get_origin(kind) is list for kind in kinds) and isinstance(given, str | Mapping):
-        items = given if isinstance(given, str) else "..."
+        items = json.dumps(given, ensure_ascii=False) if isinstance(given, str) else "..."
         return f"make it a list: `{path[-1]}: [{items}]`"
     return f"write for example {_example(path, field)}" if field else ""
 

@@ -206,6 +206,7 @@ def _plain(kind: str, text: str) -> Any:
 _EXPLANATIONS = (
     ("found duplicate", "a key is given twice", "keep one of the two"),
     ("aliases unfold", "the aliases (`*name`) unfold without end", "write the values out"),
+    ("maximum recursion", "brackets or lists are nested too deeply", "check the brackets"),
     (
         "mapping values are not allowed",
         "a `:` stands where no key can be",

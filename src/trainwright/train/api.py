@@ -16,10 +16,13 @@ from trainwright.planner.check import recipe_checks
 from trainwright.recipe.load import load_recipe
 from trainwright.recipe.schema import Recipe
 from trainwright.report.html import write_report
+from trainwright.rollout.engine import Completion
+from trainwright.rollout.engine import generate as generate_completions
+from trainwright.rollout.sampling import SamplingParams
 from trainwright.train.artifacts import complete_step, export_run, open_model, result_figures
 from trainwright.train.launch import RunInterrupted, is_launched, launch_workers
 from trainwright.train.prepare import prepare_run
-from trainwright.train.run_directory import RunDirectory, locked, open_run
+from trainwright.train.run_directory import RunDirectory, default_run_directory, locked, open_run
 from trainwright.train.worker import run_worker
 
 
@@ -49,9 +52,9 @@ def train(
         path = Path(recipe)
         recipe = load_recipe(path, overrides, recipe_checks)
         recipe_text = path.read_text()
-    run = open_run(recipe)
     if is_launched():
-        return _train_launched(run, recipe, recipe_text, say)
+        return _train_launched(recipe, recipe_text, say)
+    run = open_run(recipe)
     with locked(run):
         plan, _ = prepare_run(run, recipe, recipe_text, say)
         launch_workers(run.path, plan)
@@ -59,10 +62,11 @@ def train(
 
 
 def _train_launched(
-    run: RunDirectory, recipe: Recipe, recipe_text: str | None, say: Callable[[str], None]
+    recipe: Recipe, recipe_text: str | None, say: Callable[[str], None]
 ) -> RunResult | None:
     """Train as one of the workers that a launcher started; the first prepares and finishes."""
     world = join_world()
+    run = open_run(recipe) if world.is_first else RunDirectory(default_run_directory(recipe))
     with locked(run) if world.is_first else nullcontext():
         if world.is_first:
             prepare_run(run, recipe, recipe_text, say)

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from trainwright.checkpoint.export import export_checkpoint, model_card
 from trainwright.checkpoint.store import CheckpointStore
@@ -17,6 +16,7 @@ from trainwright.models.directory import resolve_model_directory
 from trainwright.models.families import decoder_config
 from trainwright.models.weights import load_model as load_hugging_face
 from trainwright.models.weights import new_model
+from trainwright.parallel.spread import Model
 from trainwright.train.metrics import read_metrics
 from trainwright.train.run_directory import RunDirectory, find_run
 
@@ -25,7 +25,7 @@ from trainwright.train.run_directory import RunDirectory, find_run
 class OpenedModel:
     """A model ready for use, its tokenizer, and where it came from in words."""
 
-    model: nn.Module
+    model: Model
     tokenizer: Any
     origin: str
 
@@ -74,12 +74,12 @@ def complete_step(run: RunDirectory, step: int | None = None) -> int:
 
 def load_run_model(
     run: RunDirectory, step: int, *, dtype: torch.dtype, device: torch.device
-) -> nn.Module:
+) -> Model:
     """The weights that a run saved at `step`, whole, in this one process."""
     model = new_model(decoder_config(run.read_model_config()), device="meta")
     model.to_empty(device="cpu")
     names = {f"model.{name}": parameter.data for name, parameter in model.named_parameters()}
-    CheckpointStore(run.checkpoints).load(step, names, leave=("optimizer.", "rng_"))
+    CheckpointStore(run.checkpoints).load(step, names)
     return model.to(device=device, dtype=dtype).eval()
 
 

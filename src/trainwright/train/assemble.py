@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from pathlib import Path
-
-import torch
 
 from trainwright.checkpoint.state import State, load_training_state, training_tensors
 from trainwright.checkpoint.store import CheckpointStore
 from trainwright.data.prepare import open_data
+from trainwright.models.decoder import Decoder
 from trainwright.models.fallback import load_fallback
 from trainwright.models.families import FAMILIES, decoder_config
 from trainwright.models.weights import initialise, load_weights, new_model
 from trainwright.objectives.next_token import next_token_loss
 from trainwright.optim.optimizers import build_optimizers
 from trainwright.parallel.precision import COMPUTE_DTYPES
-from trainwright.parallel.spread import SpreadModel, spread
+from trainwright.parallel.spread import Model, SpreadModel, spread
 from trainwright.parallel.world import World
 from trainwright.planner.plan import Plan
-from trainwright.planner.shapes import flops_per_token
+from trainwright.planner.shapes import flops_per_token, parameter_count
 from trainwright.recipe.schema import Recipe
 from trainwright.train.calibrate import peak_flops
 from trainwright.train.hooks import CheckpointHook, EvaluationHook, MetricsHook
@@ -61,18 +59,19 @@ def build_model(run: RunDirectory, recipe: Recipe, plan: Plan, world: World) -> 
     hf_config = run.read_model_config()
     directory = pretrained_directory(recipe)
 
-    def fill(model: torch.nn.Module) -> None:
+    def fill(model: Model) -> None:
         if directory is None:
+            assert isinstance(model, Decoder)
             initialise(model, recipe.seed)
         else:
             load_weights(model, directory)
 
     if hf_config["model_type"] in FAMILIES:
-        model: torch.nn.Module = new_model(decoder_config(hf_config), device="meta")
+        model: Model = new_model(decoder_config(hf_config), device="meta")
     else:
         assert directory is not None
-        model = load_fallback(directory, torch.float32, recipe.model.trust_remote_code)
-    return spread(model, list(model.blocks), plan, world, fill)
+        model = load_fallback(directory, trust_remote_code=recipe.model.trust_remote_code)
+    return spread(model, plan, world, fill)
 
 
 def assemble(run: RunDirectory, world: World) -> Assembled:
@@ -99,9 +98,7 @@ def assemble(run: RunDirectory, world: World) -> Assembled:
     store.claim()
     start = store.latest() or 0
     if start:
-        meta = load_training_state(
-            store, start, spread_model.model, optimizers, seed=recipe.seed
-        )
+        meta = load_training_state(store, start, spread_model.model, optimizers, seed=recipe.seed)
         step.loss_scale.restore(meta["loss_scale"])
 
     per_rank = recipe.batch_sequences // world.size
@@ -113,7 +110,7 @@ def assemble(run: RunDirectory, world: World) -> Assembled:
         total_steps=steps,
         start=start,
     )
-    writer, progress = _first_worker_only(run, recipe, world, start, steps)
+    writer, progress = _first_worker_only(run, recipe, plan, world, start, steps)
 
     def state(done: int) -> tuple[State, dict]:
         meta = {"step": done, "loss_scale": step.loss_scale.state(), "world_size": world.size}
@@ -142,36 +139,53 @@ def assemble(run: RunDirectory, world: World) -> Assembled:
     )
     hooks: list[Hook] = [evaluation, checkpoints]
     if writer is not None and progress is not None:
-        flops = 3 * flops_per_token(
-            decoder_config(run.read_model_config()), recipe.data.sequence_length
+        metrics = MetricsHook(
+            writer,
+            progress,
+            log_every=recipe.tracking.log_every,
+            tokens_per_step=plan.batch_tokens,
+            mfu_tokens_per_second=_full_speed(run, plan, world),
+            device=world.device,
         )
-        peak = peak_flops(world.device, plan.precision)
-        hooks.insert(
-            0,
-            MetricsHook(
-                writer,
-                progress,
-                log_every=recipe.tracking.log_every,
-                tokens_per_step=recipe.batch_sequences * recipe.data.sequence_length,
-                flops_per_token=flops,
-                peak_flops=None if peak is None else peak * world.size,
-                device=world.device,
-            ),
-        )
+        hooks.insert(0, metrics)
     trainer.hooks = hooks
     return Assembled(trainer, store, writer, progress, time.time())
 
 
+def _full_speed(run: RunDirectory, plan: Plan, world: World) -> float | None:
+    """Tokens a second at an MFU of 1; None where the model's FLOPs or the peak are not known."""
+    hf_config, peak = run.read_model_config(), peak_flops(world.device, plan.precision)
+    if hf_config["model_type"] not in FAMILIES or peak is None:
+        return None
+    return (
+        peak * world.size / (3 * flops_per_token(decoder_config(hf_config), plan.sequence_length))
+    )
+
+
 def _first_worker_only(
-    run: RunDirectory, recipe: Recipe, world: World, start: int, steps: int
+    run: RunDirectory, recipe: Recipe, plan: Plan, world: World, start: int, steps: int
 ) -> tuple[MetricsWriter | None, Progress | None]:
     if not world.is_first:
         return None, None
+    progress = Progress()
     writer = MetricsWriter(
-        Path(run.path), recipe.tracking, recipe.name, recipe.model_dump(mode="json")
+        run.path,
+        recipe.tracking,
+        recipe.name,
+        recipe.model_dump(mode="json"),
+        warn=progress.say,
     )
     writer.truncate_after(start)
-    writer.write({"kind": "start", "step": start, "total_steps": steps, "time": time.time()})
-    progress = Progress()
+    record = {
+        "kind": "start",
+        "step": start,
+        "total_steps": steps,
+        "name": recipe.name,
+        "world_size": plan.world_size,
+    }
+    hf_config = run.read_model_config()
+    if hf_config["model_type"] in FAMILIES:
+        record["parameters"] = parameter_count(decoder_config(hf_config))
+    writer.write(record)
     progress.start(steps, start)
     return writer, progress

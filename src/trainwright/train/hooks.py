@@ -17,6 +17,8 @@ from trainwright.parallel.spread import SpreadModel, force_eager
 from trainwright.parallel.world import World
 from trainwright.planner.plan import Plan
 from trainwright.recipe.schema import Recipe
+from trainwright.rollout.engine import generate
+from trainwright.rollout.sampling import SamplingParams
 from trainwright.train.evaluate import HeldOutLoss, held_out_loss
 from trainwright.train.metrics import MetricsWriter
 from trainwright.train.progress import Progress
@@ -41,13 +43,12 @@ class MetricsHook:
         *,
         log_every: int,
         tokens_per_step: int,
-        flops_per_token: float,
-        peak_flops: float | None,
+        mfu_tokens_per_second: float | None,
         device: torch.device,
     ) -> None:
         self.writer, self.progress = writer, progress
         self.log_every, self.tokens_per_step = log_every, tokens_per_step
-        self.flops_per_token, self.peak_flops, self.device = flops_per_token, peak_flops, device
+        self.mfu_tokens_per_second, self.device = mfu_tokens_per_second, device
 
     def after_step(self, done: int, stats: StepStats, seconds: float, last: bool) -> None:
         rate = self.tokens_per_step / seconds
@@ -61,7 +62,7 @@ class MetricsHook:
             "tokens_total": done * self.tokens_per_step,
             "seconds": seconds,
             "tokens_per_second": rate,
-            "mfu": rate * self.flops_per_token / self.peak_flops if self.peak_flops else None,
+            "mfu": rate / self.mfu_tokens_per_second if self.mfu_tokens_per_second else None,
             "memory_bytes": peak_memory(self.device),
             "batch_hash": stats.batch_hash,
             "time": time.time(),
@@ -129,9 +130,6 @@ class EvaluationHook:
         # Sharded weights are gathered layer by layer, so all workers must generate together.
         if not samples.prompts or not (self.spread.sharded or self.world.is_first):
             return
-        from trainwright.rollout.engine import generate
-        from trainwright.rollout.sampling import SamplingParams
-
         params = SamplingParams(
             max_new_tokens=samples.max_new_tokens,
             temperature=samples.temperature,

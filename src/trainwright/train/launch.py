@@ -7,6 +7,7 @@ and each process joins instead of starting others.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from contextlib import contextmanager
@@ -23,8 +24,8 @@ INTERRUPTED = 143  # exit code of a run that was asked to stop, and saved first
 MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 36), "MALLOC_TOP_PAD_": "0"}
 
 
-class RunInterrupted(Exception):  # noqa: N818 - not an error: the run was asked to stop
-    """The run stopped on request, after saving; the same command continues it."""
+class RunInterrupted(Exception):  # noqa: N818
+    """Not an error: the run stopped on request, after saving; the same command continues it."""
 
 
 class WorkerFailed(Exception):  # noqa: N818
@@ -51,6 +52,8 @@ def launch_workers(run_directory: Path, plan: Plan) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    # The agent's own log repeats a worker's failure at length; `_explain` says it once.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     for file in (run_directory / "logs").glob("error-rank*.json"):
         file.unlink()
     config = LaunchConfig(

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from trainwright.data.batches import Batches
 from trainwright.data.prepare import PreparedData, prepare_data
 from trainwright.files import write_atomically, write_json
 from trainwright.models.directory import resolve_model_directory
-from trainwright.models.families import FAMILIES, decoder_config, new_hf_config
+from trainwright.models.families import FAMILIES, DecoderConfig, decoder_config, new_hf_config
 from trainwright.planner.plan import Plan, make_plan
 from trainwright.recipe.load import dump_recipe
 from trainwright.recipe.presets import model_config
@@ -48,17 +48,39 @@ def prepare_run(
         recipe, str(directory) if directory else None, directory=run.path, progress=say
     )
     hf_config = choose_model_config(recipe, directory, data.vocabulary)
-    known = hf_config["model_type"] in FAMILIES
-    plan = make_plan(
-        recipe,
-        detect_machine(),
-        decoder_config(hf_config) if known else None,
-        total_steps(recipe, data.train),
-    )
+    config = decoder_config(hf_config) if hf_config["model_type"] in FAMILIES else None
+    steps = total_steps(recipe, data.train)
+    plan = make_plan(recipe, detect_machine(), config, steps)
+    for line in _overview(run, recipe, plan, config, data, steps):
+        say(line)
     write_json(run.model_config, hf_config)
     write_atomically(run.plan, plan.to_json())
     write_json(run.environment, environment_facts())
     return plan, data
+
+
+def _overview(
+    run: RunDirectory,
+    recipe: Recipe,
+    plan: Plan,
+    config: DecoderConfig | None,
+    data: PreparedData,
+    steps: int,
+) -> Iterator[str]:
+    """What is about to be trained, for the screen."""
+    origin = recipe.model.path or f"new {recipe.model.family}"
+    epochs = steps * plan.batch_sequences / data.train.rows_per_epoch
+    held_out = sum(batches.documents for batches in data.validation.values())
+    rows = [
+        ("run", str(run.path)),
+        ("model", origin),
+        ("data", f"{data.train.documents:,} documents, {data.train.tokens:,} tokens"),
+        ("held out", f"{held_out:,} documents"),
+        ("vocabulary", f"{data.vocabulary:,}"),
+        ("steps", f"{steps:,} ({epochs:.2g} epochs)"),
+        *plan.explain(config),
+    ]
+    return (f"  {name:<15}{value}" for name, value in rows)
 
 
 def pretrained_directory(recipe: Recipe) -> Path | None:

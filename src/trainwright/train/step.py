@@ -125,7 +125,7 @@ class TrainStep:
         broken_norm = stats.gradient_norm - stats.gradient_norm != 0 and not stats.skipped
         if not (broken_loss or broken_norm or self.loss_scale.exhausted):
             return
-        suspects = []
+        suspects: list[str] = []
         for index, loss in enumerate(losses):
             if not torch.isfinite(loss):
                 start = index * self.plan.micro_batch

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 def main() -> None:
-    """Run the worker for the run directory given; exit code 2 for a user's mistake, 1 for a fault."""
+    """Run the worker of a run directory; exit code 2 for a user's mistake, 1 for a fault."""
     logs = Path(sys.argv[1]) / "logs"
     rank = int(os.environ.get("RANK", "0"))
     _redirect_output(logs, rank)

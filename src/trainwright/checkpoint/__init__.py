@@ -1,0 +1,1 @@
+"""Saved state: sharded files, commit and hashes, export."""

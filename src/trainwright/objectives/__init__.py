@@ -1,0 +1,1 @@
+"""What is optimised: pure losses, each a sum and a weight."""

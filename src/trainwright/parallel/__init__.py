@@ -1,0 +1,1 @@
+"""A Plan and a model become a model spread over workers."""

@@ -1,0 +1,211 @@
+"""Generation: prompts in, texts out, batched or streamed, with a key-value cache.
+
+A prompt's continuation is the same whichever prompts stand beside it: rows are padded on the left,
+out of sight of attention, and each draws from its own generator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from trainwright.errors import Mistake, UserError
+from trainwright.models.decoder import Decoder, OutputHead
+from trainwright.models.fallback import FallbackModel
+from trainwright.rollout.sampling import SamplingParams, choose
+from trainwright.rollout.text import Detokenizer, StopScanner
+
+Model = Decoder | FallbackModel
+Prompt = str | Sequence[int]
+PADDING = -1
+
+
+@dataclass(frozen=True)
+class Completion:
+    """A continuation. `token_ids` are all tokens generated, the one that ended the text included.
+
+    `text` has no special tokens and no stop string. `finish_reason` is "stop" where the model or a
+    stop string ended it, "length" where there was no more room.
+    """
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: Literal["stop", "length"]
+
+
+def generate(
+    model: Model,
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    params: SamplingParams | None = None,
+    *,
+    batch_rows: int = 32,
+) -> list[Completion]:
+    """Continue every prompt (a text, or token ids as they are), in the order given.
+
+    `batch_rows` prompts go through the model at once; prompts of like length go together. The same
+    seed gives the same completions. Raises UserError for an empty prompt to a tokenizer without a
+    BOS, and for a prompt that leaves no room in the model's context.
+    """
+    params = params or SamplingParams()
+    rows = [_Row(model, tokenizer, prompt, params, number) for number, prompt in enumerate(prompts)]
+    for batch in _batches(rows, batch_rows, mixed=model.pads_left):
+        generation = _Generation(model, batch, params)
+        while not generation.finished:
+            generation.step()
+    return [row.completion() for row in rows]
+
+
+def stream(
+    model: Model, tokenizer: Any, prompt: Prompt, params: SamplingParams | None = None
+) -> Iterator[str]:
+    """The continuation of one prompt in pieces of whole characters, as they come.
+
+    Joined, they are `generate`'s text; raises as it does.
+    """
+    params = params or SamplingParams()
+    row = _Row(model, tokenizer, prompt, params, 0)
+    generation = _Generation(model, [row], params)
+    while not generation.finished:
+        (piece,) = generation.step()
+        if piece:
+            yield piece
+
+
+class _Row:
+    """One prompt on its way: its tokens, its text, its randomness."""
+
+    def __init__(
+        self, model: Model, tokenizer: Any, prompt: Prompt, params: SamplingParams, number: int
+    ) -> None:
+        self.prompt = _encode(tokenizer, prompt)
+        self.room = params.max_new_tokens
+        limit = model.max_positions
+        if limit is not None:
+            self.room = min(self.room, limit - len(self.prompt))
+            if self.room < 1:
+                what = f"a prompt has {len(self.prompt)} tokens, the model's context only {limit}"
+                raise UserError(what, "shorten the prompt")
+        self.ends = {*model.stop_token_ids, tokenizer.eos_token_id}
+        self.tokens: list[int] = []
+        self.pieces: list[str] = []
+        self.reason: Literal["stop", "length"] | None = None
+        self.detokenizer = Detokenizer(tokenizer, self.prompt)
+        self.scanner = StopScanner(params.stop)
+        self.generator = torch.Generator().manual_seed((params.seed * 1_000_003 + number) % 2**63)
+
+    def add(self, token: int) -> str:
+        """Take the next token; the text that it settles."""
+        self.tokens.append(token)
+        ended = token in self.ends
+        text = self.detokenizer.flush() if ended else self.detokenizer.add(token)
+        full = not ended and len(self.tokens) == self.room
+        if full:
+            text += self.detokenizer.flush()
+        shown, stopped = self.scanner.add(text)
+        if stopped or ended:
+            self.reason = "stop"
+        elif full:
+            self.reason = "length"
+        if self.reason is not None and not stopped:
+            shown += self.scanner.flush()
+        self.pieces.append(shown)
+        return shown
+
+    def completion(self) -> Completion:
+        assert self.reason is not None
+        return Completion("".join(self.pieces), tuple(self.tokens), self.reason)
+
+
+class _Generation:
+    """A batch of rows going through the model, one token a step."""
+
+    def __init__(self, model: Model, rows: Sequence[_Row], params: SamplingParams) -> None:
+        self.model, self.rows, self.params = model, rows, params
+        self.device = next(model.parameters()).device
+        self.generators = [row.generator for row in rows]
+        self.sequences = [list(row.prompt) for row in rows]
+        longest = max(map(len, self.sequences))
+        # Rows with padding say at every step which tokens are theirs; others go the faster way.
+        self.pads = [longest - len(sequence) for sequence in self.sequences]
+        self.capacity = longest + max(row.room for row in rows)
+        self.cache: Any = None
+
+    @property
+    def finished(self) -> bool:
+        return all(row.reason is not None for row in self.rows)
+
+    @torch.no_grad()
+    def step(self) -> list[str]:
+        """One more token for every row; the text that each row's token settled.
+
+        Rows that are finished go along, unread, until all are.
+        """
+        # Compiled blocks would be compiled anew for every length.
+        with torch.compiler.set_stance("force_eager"):
+            logits = self._logits()
+        pieces = []
+        newest = choose(logits, self.params, self.generators)
+        for row, sequence, token in zip(self.rows, self.sequences, newest, strict=True):
+            sequence.append(token)
+            pieces.append(row.add(token) if row.reason is None else "")
+        return pieces
+
+    def _logits(self) -> Tensor:
+        """Logits [rows, vocabulary] after the sequences, all but the first time from the cache."""
+        new = 1
+        if self.cache is None or any(
+            len(sequence) - 1 in self.model.refill_lengths for sequence in self.sequences
+        ):
+            self.cache = self.model.new_cache(self.capacity)
+            new = self.pads[0] + len(self.sequences[0])
+        parts = [sequence[-new:] for sequence in self.sequences]
+        columns = [[0] * (new - len(part)) + part for part in parts]
+        input_ids = torch.tensor(columns, device=self.device)
+        if isinstance(self.model, FallbackModel):
+            return self.model(input_ids, cache=self.cache)[:, -1]
+        positions = segments = None
+        if any(self.pads):
+            ends = torch.tensor([len(sequence) for sequence in self.sequences], device=self.device)
+            positions = ends[:, None] + torch.arange(-new, 0, device=self.device)
+            segments = torch.where(positions < 0, PADDING, 0)
+            positions = positions.clamp(min=0)
+        return self.model(
+            input_ids,
+            position_ids=positions,
+            segment_ids=segments,
+            cache=self.cache,
+            head=_last_logits,
+        )
+
+
+def _last_logits(hidden: Tensor, head: OutputHead) -> Tensor:
+    return head.logits(hidden[:, -1])
+
+
+def _encode(tokenizer: Any, prompt: Prompt) -> list[int]:
+    """A prompt's tokens; an empty text is begun by the tokenizer's BOS."""
+    tokens = list(tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt)
+    if not tokens and tokenizer.bos_token_id is not None:
+        tokens = [tokenizer.bos_token_id]
+    if not tokens:
+        fix = "give it at least one character: the tokenizer has no token to begin a text with"
+        raise UserError(Mistake("a prompt is empty", fix))
+    return tokens
+
+
+def _batches(rows: Sequence[_Row], size: int, *, mixed: bool) -> Iterator[list[_Row]]:
+    """The rows in batches of at most `size`, of like lengths, or of one length if not `mixed`."""
+    batch: list[_Row] = []
+    for row in sorted(rows, key=lambda row: len(row.prompt)):
+        other = bool(batch) and not mixed and len(batch[0].prompt) != len(row.prompt)
+        if len(batch) == size or other:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch

@@ -1,0 +1,1 @@
+"""The loop and what it needs: launching, hooks, metrics, evaluation, the run directory."""

@@ -1,0 +1,131 @@
+"""However a batch is cut up and spread, it is the same batch, the same loss, the same model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.train.runs import Recorder, assemble_here, small_recipe, train_here
+from tests.workers import run_on
+from trainwright.data.prepare import open_data
+from trainwright.optim.schedules import learning_rate
+
+VARIANTS = {
+    "2 x 4 accumulated": (1, {"parallel": {"micro_batch": 4}}),
+    "8 x 1 accumulated": (1, {"parallel": {"micro_batch": 1}}),
+    "recompute full": (1, {"training": {"recompute": "full"}}),
+    "recompute selective": (1, {"training": {"recompute": "selective"}}),
+    "2 workers": (2, {"parallel": {"workers": 2, "micro_batch": 4}}),
+    "2 workers, accumulated": (2, {"parallel": {"workers": 2, "micro_batch": 1}}),
+    "2 shards": (2, {"parallel": {"workers": 2, "dp_shard": 2, "micro_batch": 2}}),
+    "2 shards, recompute": (
+        2,
+        {
+            "parallel": {"workers": 2, "dp_shard": 2, "micro_batch": 4},
+            "training": {"recompute": "full"},
+        },
+    ),
+    "2 replicas of 2 shards": (
+        4,
+        {"parallel": {"workers": 4, "dp_replicate": 2, "dp_shard": 2, "micro_batch": 2}},
+    ),
+    "4 shards, uneven": (4, {"parallel": {"workers": 4, "dp_shard": 4, "micro_batch": 1}}),
+}
+
+
+def train_variant(folder: str, sections: dict) -> Recorder:
+    return train_here(small_recipe(Path(folder), **sections))
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory) -> Recorder:
+    return train_here(small_recipe(tmp_path_factory.mktemp("plain")))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_layout_trains_as_one_process_does(name, plain, tmp_path):
+    world, sections = VARIANTS[name]
+    if world == 1:
+        got = train_variant(str(tmp_path), sections)
+    else:
+        small_recipe(tmp_path)  # the texts, before several processes want them
+        got, *others = run_on(world, train_variant, str(tmp_path), sections)
+        assert all(other.losses == got.losses for other in others)
+    assert got.hashes == plain.hashes
+    assert got.losses[0] == pytest.approx(plain.losses[0], rel=1e-6)
+    assert got.norms[0] == pytest.approx(plain.norms[0], rel=1e-5)
+    assert got.losses == pytest.approx(plain.losses, rel=1e-5)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+def test_muon_on_shards_trains_as_one_process_does(shards, tmp_path):
+    optimizer = {"name": "muon", "learning_rate": 1e-2}
+    plain = train_variant(str(tmp_path), {"optimizer": optimizer})
+    sections = {
+        "optimizer": optimizer,
+        "run_directory": str(tmp_path / "spread"),
+        "parallel": {"workers": 2, "dp_shard": shards, "micro_batch": 4},
+    }
+    got, _ = run_on(2, train_variant, str(tmp_path), sections)
+    assert got.losses == pytest.approx(plain.losses, rel=1e-4)
+    assert plain.losses[-1] < 0.9 * plain.losses[0]
+
+
+def test_the_loop_equals_a_plain_loop_over_transformers(plain, tmp_path):
+    """An independent trainer: transformers' model, torch's loss and AdamW, padding masked out."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    recipe = small_recipe(tmp_path)
+    assembled = assemble_here(recipe)
+    config = assembled.trainer.step.spread.model.config
+    model = LlamaForCausalLM(LlamaConfig(**config.hf, attn_implementation="eager"))
+    model.load_state_dict(assembled.trainer.step.spread.model.state_dict(), strict=True)
+    assembled.store.close()
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    rest = [p for p in model.parameters() if p.ndim == 1]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}],
+        betas=(0.9, 0.95),
+    )
+    data = open_data(Path(recipe.run_directory)).train
+    losses, norms = [], []
+    for step in range(20):
+        batch = data.batch(step)
+        ids, labels = torch.from_numpy(batch.input_ids), torch.from_numpy(batch.labels)
+        mask = torch.ones_like(ids)
+        if batch.segment_ids is not None:
+            mask = torch.from_numpy(batch.segment_ids >= 0).long()
+        logits = model(input_ids=ids, attention_mask=mask).logits
+        loss = torch.nn.functional.cross_entropy(
+            logits.flatten(0, 1), labels.flatten(), ignore_index=-100
+        )
+        loss.backward()
+        norms.append(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item())
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, 20, 3e-3, recipe.schedule)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert plain.losses == pytest.approx(losses, rel=1e-5)
+    assert plain.norms == pytest.approx(norms, rel=1e-4)
+    assert plain.losses[-1] < 0.8 * plain.losses[0]
+
+
+def test_held_out_loss_does_not_depend_on_the_number_of_workers(tmp_path):
+    evaluated = {
+        workers: run_on(workers, evaluate_variant, str(tmp_path), workers)[0] for workers in (1, 2)
+    }
+    assert evaluated[2] == pytest.approx(evaluated[1], rel=1e-6)
+
+
+def evaluate_variant(folder: str, workers: int) -> tuple[float, float]:
+    path = Path(folder) / str(workers)
+    path.mkdir(parents=True, exist_ok=True)
+    recipe = small_recipe(path, parallel={"workers": workers, "micro_batch": 4})
+    assembled = assemble_here(recipe)
+    hook = assembled.trainer.hooks[-2]
+    hook.after_step(20, assembled.trainer.step, 0.0, True)
+    assembled.store.close()
+    return hook.newest
