@@ -16,7 +16,7 @@ from trainwright.checkpoint.manifest import MANIFEST, read_manifest
 from trainwright.checkpoint.store import CheckpointStore
 from trainwright.errors import UserError
 
-OFFER = "continue from step 80 (steps still complete: 60, 80)"
+OFFER = "continue with `--from-step 80` (steps still complete: 60, 80)"
 FILES = [
     "model-00000-000.safetensors",
     "optimizer-00000-001.safetensors",
@@ -118,7 +118,7 @@ def test_a_stranger_is_reported_and_does_no_harm(root: Path) -> None:
 def test_offers_only_what_is_whole(root: Path) -> None:
     flip(root / "step-00000100" / FILES[0], 8000)
     (root / "step-00000080" / FILES[1]).unlink()
-    assert "continue from step 60 (steps still complete: 60)" in refusal(root)
+    assert "continue with `--from-step 60` (steps still complete: 60)" in refusal(root)
     shutil.rmtree(root / "step-00000060")
     assert "no other complete checkpoint is left" in refusal(root)
 
@@ -126,7 +126,7 @@ def test_offers_only_what_is_whole(root: Path) -> None:
 def test_a_missing_step_lists_the_others(root: Path) -> None:
     said = refusal(root, step=90)
     assert "no checkpoint of step 90" in said
-    assert "continue from step 80 (steps still complete: 60, 80, 100)" in said
+    assert "continue with `--from-step 80` (steps still complete: 60, 80, 100)" in said
 
 
 def test_damage_outside_what_is_loaded_is_no_obstacle(root: Path) -> None:

@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from tests.models.cases import CASES, SHAPE, randomise
 from tests.rollout.byte_tokenizer import SIZE, byte_tokenizer
+from tests.workers import run_on
 from trainwright.errors import UserError
 from trainwright.models.decoder import Decoder
 from trainwright.models.fallback import FallbackModel
@@ -180,6 +183,37 @@ def test_generation_leaves_the_model_as_it_was() -> None:
     ours(torch.zeros(1, 3, dtype=torch.long)).sum().backward()
 
 
+def test_compiled_blocks_are_not_compiled_for_every_length() -> None:
+    _, ours = pair("llama")
+    expected = generate(ours, byte_tokenizer(), ["Hello"], GREEDY)
+
+    def refuse(*args: object) -> None:
+        raise AssertionError("generation compiled a block")
+
+    for block in ours.blocks:
+        block.compile(backend=refuse)
+    assert generate(ours, byte_tokenizer(), ["Hello"], GREEDY) == expected
+
+
+def generate_sharded() -> list[tuple[int, ...]]:
+    """On a worker: completions of a model whose weights are spread."""
+    _, model = pair("qwen2")
+    mesh = init_device_mesh("cpu", (2,))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    completions = generate(model, byte_tokenizer(), PROMPTS, GREEDY)
+    return [completion.token_ids for completion in completions]
+
+
+def test_sharded_models_generate_the_same() -> None:
+    _, whole = pair("qwen2")
+    expected = [
+        completion.token_ids for completion in generate(whole, byte_tokenizer(), PROMPTS, GREEDY)
+    ]
+    assert run_on(2, generate_sharded) == [expected, expected]
+
+
 @pytest.mark.parametrize(
     ("model_type", "keys"),
     [
@@ -203,7 +237,8 @@ def test_fallback_models_generate_as_transformers_does(model_type: str, keys: di
 def test_learnt_positions_end_a_text() -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    inner = GPT2LMHeadModel(GPT2Config(SIZE, 12, n_embd=8, n_layer=1, n_head=1))
+    config = GPT2Config(vocab_size=SIZE, n_positions=12, n_embd=8, n_layer=1, n_head=1)
+    inner = GPT2LMHeadModel(config)
     ours, tokenizer = FallbackModel(inner), byte_tokenizer()
     (completion,) = generate(ours, tokenizer, ["Hello"], GREEDY)
     assert len(completion.token_ids) <= 7

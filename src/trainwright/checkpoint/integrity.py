@@ -83,7 +83,7 @@ def _offer(root: Path, step: int) -> str:
         return "no other complete checkpoint is left: start anew"
     best = max((other for other in whole if other < step), default=whole[-1])
     listed = ", ".join(str(other) for other in whole)
-    return f"continue from step {best} (steps still complete: {listed})"
+    return f"continue with `--from-step {best}` (steps still complete: {listed})"
 
 
 def _looks_whole(root: Path, step: int) -> bool:

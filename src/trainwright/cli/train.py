@@ -25,6 +25,10 @@ def train(
     overrides: Annotated[
         list[str] | None, typer.Argument(help="Keys to change, as key.path=value.")
     ] = None,
+    from_step: Annotated[
+        int | None,
+        typer.Option(help="Go on from this saved step; newer ones are set aside, not deleted."),
+    ] = None,
 ) -> None:
     """Train a recipe, or continue its run, then export the model and write the report."""
     from rich.console import Console
@@ -35,7 +39,10 @@ def train(
     console = Console(highlight=False)
     try:
         result = api.train(
-            recipe, *(overrides or []), say=lambda text: console.print(text, markup=False)
+            recipe,
+            *(overrides or []),
+            say=lambda text: console.print(text, markup=False),
+            from_step=from_step,
         )
     except RunInterrupted:
         command = " ".join(["trainwright train", str(recipe), *(overrides or [])])

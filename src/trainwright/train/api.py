@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from trainwright.checkpoint.store import CheckpointStore
 from trainwright.parallel.world import join_world, leave_world
 from trainwright.planner.check import recipe_checks
 from trainwright.recipe.load import load_recipe
@@ -40,35 +41,45 @@ def train(
     recipe: Recipe | str | Path,
     *overrides: str,
     say: Callable[[str], None] = lambda message: None,
-    recipe_text: str | None = None,
+    from_step: int | None = None,
 ) -> RunResult | None:
     """Train a recipe to its end, or continue its run: the export and the report included.
 
-    `recipe` is a Recipe or a YAML file, `overrides` are "key.path=value". Starts the workers
+    `recipe` is a Recipe or a YAML file, `overrides` are "key.path=value". A run goes on from its
+    newest checkpoint, or from `from_step`: newer ones are then set aside. Starts the workers
     itself; in a process that torchrun, Slurm or the like started, joins the others instead (and
     returns None on every rank but the first). Raises UserError, RunInterrupted or WorkerFailed.
     """
+    recipe_text = None
     if not isinstance(recipe, Recipe):
         path = Path(recipe)
         recipe = load_recipe(path, overrides, recipe_checks)
         recipe_text = path.read_text()
     if is_launched():
-        return _train_launched(recipe, recipe_text, say)
+        return _train_launched(recipe, recipe_text, say, from_step)
     run = open_run(recipe)
     with locked(run):
+        _rewind(run, from_step)
         plan, _ = prepare_run(run, recipe, recipe_text, say)
         launch_workers(run.path, plan)
         return finish_run(run)
 
 
+def _rewind(run: RunDirectory, from_step: int | None) -> None:
+    if from_step is not None:
+        with CheckpointStore(run.checkpoints) as store:
+            store.rewind(complete_step(run, from_step))
+
+
 def _train_launched(
-    recipe: Recipe, recipe_text: str | None, say: Callable[[str], None]
+    recipe: Recipe, recipe_text: str | None, say: Callable[[str], None], from_step: int | None
 ) -> RunResult | None:
     """Train as one of the workers that a launcher started; the first prepares and finishes."""
     world = join_world()
     run = open_run(recipe) if world.is_first else RunDirectory(default_run_directory(recipe))
     with locked(run) if world.is_first else nullcontext():
         if world.is_first:
+            _rewind(run, from_step)
             prepare_run(run, recipe, recipe_text, say)
         world.gather(None)  # wait for the first worker's preparation
         finished = run_worker(run, world)

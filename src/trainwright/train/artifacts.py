@@ -9,15 +9,18 @@ from typing import Any
 import torch
 
 from trainwright.checkpoint.export import export_checkpoint, model_card
+from trainwright.checkpoint.state import model_state
 from trainwright.checkpoint.store import CheckpointStore
 from trainwright.data.tokenizers import load_tokenizer
 from trainwright.errors import UserError
 from trainwright.models.directory import resolve_model_directory
-from trainwright.models.families import decoder_config
+from trainwright.models.fallback import load_fallback
+from trainwright.models.families import FAMILIES, decoder_config
 from trainwright.models.weights import load_model as load_hugging_face
 from trainwright.models.weights import new_model
 from trainwright.parallel.spread import Model
 from trainwright.train.metrics import read_metrics
+from trainwright.train.prepare import pretrained_directory
 from trainwright.train.run_directory import RunDirectory, find_run
 
 
@@ -76,10 +79,16 @@ def load_run_model(
     run: RunDirectory, step: int, *, dtype: torch.dtype, device: torch.device
 ) -> Model:
     """The weights that a run saved at `step`, whole, in this one process."""
-    model = new_model(decoder_config(run.read_model_config()), device="meta")
-    model.to_empty(device="cpu")
-    names = {f"model.{name}": parameter.data for name, parameter in model.named_parameters()}
-    CheckpointStore(run.checkpoints).load(step, names)
+    hf_config = run.read_model_config()
+    model: Model
+    if hf_config["model_type"] in FAMILIES:
+        model = new_model(decoder_config(hf_config))
+    else:
+        section = run.read_recipe().model
+        directory = pretrained_directory(section)
+        assert directory is not None
+        model = load_fallback(directory, trust_remote_code=section.trust_remote_code)
+    CheckpointStore(run.checkpoints).load(step, model_state(model))
     return model.to(device=device, dtype=dtype).eval()
 
 

@@ -57,7 +57,7 @@ class Assembled:
 def build_model(run: RunDirectory, recipe: Recipe, plan: Plan, world: World) -> SpreadModel:
     """The recipe's model, its initial weights in place, spread as the plan says."""
     hf_config = run.read_model_config()
-    directory = pretrained_directory(recipe)
+    directory = pretrained_directory(recipe.model)
 
     def fill(model: Model) -> None:
         if directory is None:

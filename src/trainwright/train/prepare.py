@@ -15,7 +15,7 @@ from trainwright.models.families import FAMILIES, DecoderConfig, decoder_config,
 from trainwright.planner.plan import Plan, make_plan
 from trainwright.recipe.load import dump_recipe
 from trainwright.recipe.presets import model_config
-from trainwright.recipe.schema import Recipe
+from trainwright.recipe.schema import ModelSection, Recipe
 from trainwright.train.machine import detect_machine, environment_facts
 from trainwright.train.run_directory import RunDirectory
 
@@ -43,7 +43,7 @@ def prepare_run(
     if recipe_text is not None and not run.recipe.exists():
         write_atomically(run.recipe, recipe_text)
     write_atomically(run.resolved, dump_recipe(recipe))
-    directory = pretrained_directory(recipe)
+    directory = pretrained_directory(recipe.model)
     data = prepare_data(
         recipe, str(directory) if directory else None, directory=run.path, progress=say
     )
@@ -83,9 +83,8 @@ def _overview(
     return (f"  {name:<15}{value}" for name, value in rows)
 
 
-def pretrained_directory(recipe: Recipe) -> Path | None:
-    """Where the recipe's pretrained model is; None for a new model."""
-    section = recipe.model
+def pretrained_directory(section: ModelSection) -> Path | None:
+    """Where the pretrained model of a recipe's `model:` is; None for a new model."""
     if section.path is None:
         return None
     return resolve_model_directory(section.path, trust_remote_code=section.trust_remote_code)

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from trainwright.data.batches import Batches
-from trainwright.data.prepare import open_data, prepare_data
+from trainwright.data.prepare import open_data, prepare_data, prepare_held_out
 from trainwright.errors import UserError
 from trainwright.models.directory import resolve_model_directory
 from trainwright.objectives.next_token import next_token_loss
 from trainwright.parallel.spread import SpreadModel
 from trainwright.parallel.world import World
-from trainwright.recipe.schema import Recipe
+from trainwright.recipe.schema import Source
 from trainwright.train.artifacts import open_model
 from trainwright.train.evaluate import HeldOutLoss, held_out_loss
 from trainwright.train.run_directory import RunDirectory
@@ -54,39 +54,19 @@ def _data_sets(
     reference: str | Path, texts: Sequence[str], sequence_length: int | None
 ) -> dict[str, Batches]:
     run = RunDirectory(Path(reference))
-    if not texts and not run.exists:
+    if texts:
+        sources = [Source.model_validate(text) for text in texts]
+        tokenizer = run.tokenizer if run.exists else resolve_model_directory(reference)
+        if sequence_length is None:
+            sequence_length = run.read_recipe().data.sequence_length if run.exists else 1024
+        return prepare_held_out(sources, tokenizer, sequence_length=sequence_length)
+    if not run.exists:
         raise UserError(
             f"{reference} is not a run, so it has no held-out documents of its own",
             fix="say what to score with --data",
         )
-    if not texts and sequence_length is None:
+    if sequence_length is None:
         return open_data(run.path).validation
-    if run.exists:
-        recipe = run.read_recipe()
-        model, tokenizer = run.model_config.parent, run.tokenizer
-        sequence_length = sequence_length or recipe.data.sequence_length
-    else:
-        model = tokenizer = resolve_model_directory(reference)
-    if not texts:
-        longer = recipe.model_copy(
-            update={"data": recipe.data.model_copy(update={"sequence_length": sequence_length})}
-        )
-        return prepare_data(longer).validation
-    sets = {}
-    for text in texts:
-        one = Recipe.model_validate(
-            {
-                "name": "evaluation",
-                "model": {"path": str(model)},
-                "tokenizer": {"path": str(tokenizer)},
-                "data": {
-                    "sources": [text],
-                    "validation": 0.0,
-                    "shuffle": False,
-                    "sequence_length": sequence_length or 1024,
-                },
-                "training": {"steps": 1},
-            }
-        )
-        sets[text] = prepare_data(one).train
-    return sets
+    recipe = run.read_recipe()
+    data = recipe.data.model_copy(update={"sequence_length": sequence_length})
+    return prepare_data(recipe.model_copy(update={"data": data})).validation
