@@ -9,7 +9,7 @@ from tests.models.cases import CASES, hf_config, randomise, tokens
 from trainwright.models.decoder import Decoder
 from trainwright.models.families import decoder_config
 
-LENGTHS = (9, 1, 12)  # longer and shorter than the windows (5), and than the dynamic limits
+LENGTHS = (9, 1, 18)  # on both sides of the windows (5) and of the rope switches (12, 16)
 
 
 def packed(rows: torch.Tensor, front: int, back: int) -> tuple[torch.Tensor, ...]:

@@ -275,6 +275,6 @@ def test_workers_read_their_own_slices_only(
         def get_slice(self, name: str) -> Counting:
             return Counting(self.inner.get_slice(name))
 
-    monkeypatch.setattr("trainwright.models.safetensors_files.safe_open", Handle)
+    monkeypatch.setattr("trainwright.models.weights.safe_open", Handle)
     model = load_model(tmp_path)
     assert sum(read) == sum(parameter.numel() for parameter in model.parameters())

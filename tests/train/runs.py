@@ -83,7 +83,7 @@ def small_recipe(folder: Path, **sections: Any) -> Recipe:
         "export": {"at_end": False},
     }
     for name, section in sections.items():
-        values[name] = {**values[name], **section} if isinstance(section, dict) else section
+        values[name] = {**values.get(name, {}), **section} if isinstance(section, dict) else section
     if not (folder / "texts.jsonl").exists():
         write_texts(folder)
     return Recipe.model_validate(values)

@@ -41,7 +41,7 @@ def train(
         result = api.train(
             recipe,
             *(overrides or []),
-            say=lambda text: console.print(text, markup=False),
+            say=lambda text: console.print(text, markup=False, soft_wrap=True),
             from_step=from_step,
         )
     except RunInterrupted:

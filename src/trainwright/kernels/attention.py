@@ -45,10 +45,10 @@ def attention_mask(
         return None
     if device.type == "cuda" and BlockMask is not None and queries == keys:
         return _block_mask(segments, keys, window, device)
-    # A boolean mask costs 3-7 % over is_causal in scaled_dot_product_attention on CPU (forward
-    # and backward, bf16, batch 16, sequences of 256 and 512); an additive one 2 % more. One call
-    # for each document halves the forward pass where documents are short, but its backward pass
-    # is four times slower. So: one call, one boolean mask, made once for all layers.
+    # On CPU (bf16, batch 16, sequences of 256 and 512, forward and backward) a boolean mask costs
+    # scaled_dot_product_attention 3-7 % over is_causal, an additive one up to 13 %. A call for
+    # each document takes a third off the forward pass where documents have 100 tokens, but the
+    # whole then takes four times as long. So: one call, one mask, made once for all layers.
     slots = torch.arange(keys, device=device)
     rows, columns = slots[keys - queries :, None], slots[None, :]
     seen = columns <= rows
@@ -173,7 +173,16 @@ def _bend(softcap: float) -> Callable[..., Tensor]:
     return bend
 
 
+def _flex() -> Callable[..., Any]:
+    """Flex attention is a fused kernel only when compiled; plain, it writes out every score.
+
+    Inside a block that is being compiled it is compiled with the block.
+    """
+    if torch.compiler.is_compiling() or not torch.cuda.is_available():
+        return flex_attention
+    return _compiled_flex()
+
+
 @functools.cache
-def _flex() -> Any:
-    """Flex attention is a fused kernel only when compiled; plain, it writes out every score."""
-    return torch.compile(flex_attention) if torch.cuda.is_available() else flex_attention
+def _compiled_flex() -> Callable[..., Any]:
+    return torch.compile(flex_attention)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -51,50 +49,46 @@ def weight_files(directory: Path) -> list[Path]:
     raise UserError(Mistake("there are no weights", fix, where=str(directory)))
 
 
-@contextmanager
-def open_weights(
+def find_tensors(
     directory: Path,
     shapes: Mapping[str, tuple[int, ...]],
     ignore: Callable[[str], bool] = lambda name: False,
-) -> Iterator[dict[str, Any]]:
-    """Slices to read by tensor name: `opened[name][rows, columns]` reads that part from disk.
+) -> dict[Path, list[str]]:
+    """The directory's files, and the names of the tensors to read from each.
 
     The files must hold exactly the tensors in `shapes`, besides those to `ignore`; UserError with
     every mistake found.
     """
-    with ExitStack() as stack:
-        opened: dict[str, Any] = {}
-        mistakes = []
-        for file in weight_files(directory):
-            try:
-                handle = stack.enter_context(safe_open(file, framework="pt"))
-                opened |= {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
-            except (SafetensorError, OSError) as error:
-                fix = "copy or download it again"
-                mistakes.append(Mistake(f"cannot be read: {error}", fix, where=str(file)))
-        if not mistakes:
-            mistakes = _compare(directory, shapes, opened, ignore)
-        if mistakes:
-            raise UserError(mistakes)
-        yield opened
+    by_file: dict[Path, list[str]] = {}
+    found: dict[str, tuple[int, ...]] = {}
+    mistakes = []
+    for file in weight_files(directory):
+        try:
+            with safe_open(file, framework="pt") as handle:
+                by_file[file] = [name for name in handle.keys() if not ignore(name)]  # noqa: SIM118
+                for name in by_file[file]:
+                    found[name] = tuple(handle.get_slice(name).get_shape())
+        except (SafetensorError, OSError) as error:
+            fix = "copy or download it again"
+            mistakes.append(Mistake(f"cannot be read: {error}", fix, where=str(file)))
+    mistakes = mistakes or _differences(directory, shapes, found)
+    if mistakes:
+        raise UserError(mistakes)
+    return by_file
 
 
-def _compare(
-    directory: Path,
-    shapes: Mapping[str, tuple[int, ...]],
-    opened: Mapping[str, Any],
-    ignore: Callable[[str], bool],
+def _differences(
+    directory: Path, shapes: Mapping[str, tuple[int, ...]], found: Mapping[str, tuple[int, ...]]
 ) -> list[Mistake]:
     """What stands between the tensors that a model needs and those that the files hold."""
     where, fix = str(directory), "do the weights belong to this config.json?"
-    found = {name: tuple(part.get_shape()) for name, part in opened.items() if not ignore(name)}
-    differences = {
+    sets = {
         "missing from the files": sorted(shapes.keys() - found.keys()),
         "in the files but not in the model": sorted(found.keys() - shapes.keys()),
     }
     mistakes = [
         Mistake(f"{len(names)} tensors are {what}: {_listed(names)}", fix, where=where)
-        for what, names in differences.items()
+        for what, names in sets.items()
         if names
     ]
     for name in sorted(shapes.keys() & found.keys()):

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
@@ -24,7 +25,7 @@ from trainwright.models.directory import (
 from trainwright.models.fallback import FallbackModel, load_fallback
 from trainwright.models.families import FAMILIES, DecoderConfig
 from trainwright.models.norm import RMSNorm
-from trainwright.models.safetensors_files import open_weights
+from trainwright.models.safetensors_files import find_tensors
 
 Slices = tuple[slice, ...]
 
@@ -65,9 +66,11 @@ def load_weights(model: nn.Module, directory: str | Path) -> None:
     """
     parameters = dict(model.named_parameters())
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    with open_weights(Path(directory), shapes, _ignored(model)) as parts, torch.no_grad():
-        for name, parameter in parameters.items():
-            _write(parameter, parts[name].__getitem__)
+    # A file is closed before the next is opened, so that no more than one is in memory.
+    for file, names in find_tensors(Path(directory), shapes, _ignored(model)).items():
+        with safe_open(file, framework="pt") as handle, torch.no_grad():
+            for name in names:
+                _write(parameters[name], handle.get_slice(name).__getitem__)
 
 
 def load_model(
