@@ -91,6 +91,8 @@ def chat(
     seed: Seed = 0,
 ) -> None:
     """Talk with a model that has a chat template; an empty line or Ctrl-D ends it."""
+    from jinja2 import TemplateError
+
     from trainwright.errors import UserError
     from trainwright.rollout.engine import stream
     from trainwright.rollout.sampling import SamplingParams
@@ -117,9 +119,14 @@ def chat(
             return
         messages.append({"role": "user", "content": text})
         # transformers renders templates in a sandbox; special tokens come from the template alone.
-        ids = opened.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_dict=False
-        )
+        try:
+            ids = opened.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_dict=False
+            )
+        except TemplateError as error:
+            raise UserError(
+                f"the chat template cannot be used: {error}", fix="mend it, or give another"
+            ) from error
         params = SamplingParams(
             max_new_tokens,
             temperature,
