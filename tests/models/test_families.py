@@ -134,6 +134,34 @@ def test_mistakes_name_their_key(family: str, keys: dict[str, Any], refused: str
     assert list(mistakes(family, **keys)) == [refused]
 
 
+JUNK = (None, True, -1, 0, 1.5, "", "x", [], ["x"], {}, {"a": 1}, [{}])
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_value_of_any_key_is_worse_than_a_mistake(family: str) -> None:
+    """Whatever stands in a config, it is read or refused; nothing else is raised."""
+    refused = 0
+    for key in new_hf_config(family, SHAPE, 97).keys() | {
+        "rope_scaling",
+        "layer_types",
+        "head_dim",
+    }:
+        for value in JUNK:
+            try:
+                new_hf_config(family, {**SHAPE, key: value}, 97)
+            except UserError:
+                refused += 1
+    rope_keys = ("rope_type", "factor", "short_factor", "rope_theta", "partial_rotary_factor")
+    for kind in ("linear", "yarn", "longrope", "llama3", "dynamic"):
+        for key in rope_keys:
+            for value in JUNK:
+                try:
+                    new_hf_config(family, {**SHAPE, "rope_scaling": {"type": kind, key: value}}, 97)
+                except UserError:
+                    refused += 1
+    assert refused > 300
+
+
 def test_unknown_families_are_refused_with_the_nearest_name() -> None:
     with pytest.raises(UserError, match="'gemma2'") as caught:
         new_hf_config("gemma-2", SHAPE, 97)

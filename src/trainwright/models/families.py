@@ -12,7 +12,17 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from trainwright.errors import Mistake, UserError
-from trainwright.models.family_specs import COMMON, FAMILIES, INERT, NO_TOKENS, SIZES, Norms, turns
+from trainwright.models.family_specs import (
+    COMMON,
+    FAMILIES,
+    INERT,
+    NO_TOKENS,
+    NULLABLE,
+    SIZES,
+    Norms,
+    turns,
+    value_kind,
+)
 from trainwright.models.rope_spec import RopeSpec, read_rope
 
 FULL, SLIDING = "full_attention", "sliding_attention"
@@ -129,23 +139,30 @@ class _Reader:
         self.name, self.family, self.hf = name, FAMILIES[name], hf
         self.defaults = {**COMMON, **self.family.defaults}
         self.mistakes: list[Mistake] = []
+        self.values = self.typed_values()
+
+    def typed_values(self) -> dict[str, Any]:
+        """Every key's value, or its default (1 for a size) where the value cannot be used."""
+        values: dict[str, Any] = {}
+        for key, default in {**dict.fromkeys(SIZES, 1), **self.defaults}.items():
+            value, kind = self.hf.get(key, default), value_kind(key, default)
+            if key in SIZES and self.hf.get(key) is None:
+                self.refuse(key, "is missing", kind.name)
+                value = default
+            elif value is None and key not in NULLABLE:
+                value = default
+            elif value is not None and not kind.fits(value):
+                self.refuse(key, f"is {value!r}", kind.name)
+                value = default
+            values[key] = value
+        return values
 
     def get(self, key: str, otherwise: Any = None) -> Any:
         """The config's value, the family's default, or `otherwise` where the family lacks it."""
-        if key in self.defaults or key in SIZES:
-            return self.hf.get(key, self.defaults.get(key))
-        return otherwise
+        return self.values.get(key, otherwise)
 
     def refuse(self, key: str, what: str, fix: str = "") -> None:
         self.mistakes.append(Mistake(what, fix, f"model.config.{key}"))
-
-    def count(self, key: str) -> int:
-        """A whole number of at least 1; where it is not one, that is noted and 1 stands in."""
-        value = self.get(key)
-        if isinstance(value, int) and not isinstance(value, bool) and value >= 1:
-            return value
-        self.refuse(key, "is missing" if value is None else f"is {value!r}", "a whole number ≥ 1")
-        return 1
 
     def sound(self, *keys: str) -> bool:
         """Whether none of `keys` has a mistake yet, so that no mistake is told twice."""
@@ -155,32 +172,27 @@ class _Reader:
     def number(self, key: str, otherwise: float = 1.0) -> float:
         """The value of `key` where the family has it and it is not null, else `otherwise`."""
         value = self.get(key)
-        if value is None:
-            return otherwise
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            self.refuse(key, f"is {value!r}", "a number")
-            return otherwise
-        return float(value)
+        return otherwise if value is None else float(value)
 
     def cap(self, key: str) -> float | None:
         return self.number(key) if self.get(key) is not None else None
 
     def read(self) -> DecoderConfig:
-        family, hidden = self.family, self.count("hidden_size")
-        heads, layers = self.count("num_attention_heads"), self.count("num_hidden_layers")
-        vocab_size, intermediate = self.count("vocab_size"), self.count("intermediate_size")
-        kv_heads = heads
-        if self.get("num_key_value_heads") is not None:
-            kv_heads = self.count("num_key_value_heads")
+        family, hidden, heads = (
+            self.family,
+            self.get("hidden_size"),
+            self.get("num_attention_heads"),
+        )
+        layers, vocab_size = self.get("num_hidden_layers"), self.get("vocab_size")
+        kv_heads = self.get("num_key_value_heads") or heads
         if heads % kv_heads and self.sound("num_attention_heads", "num_key_value_heads"):
             self.refuse(
                 "num_key_value_heads",
                 f"is {kv_heads}, which does not divide the {heads} attention heads",
                 f"one of {_divisors(heads)}",
             )
-        given_dim = self.get("head_dim") is not None
-        head_dim = self.count("head_dim") if given_dim else max(hidden // heads, 1)
-        must_divide = family.heads_divide_hidden or not given_dim
+        head_dim = self.get("head_dim") or max(hidden // heads, 1)
+        must_divide = family.heads_divide_hidden or not self.get("head_dim")
         if hidden % heads and must_divide and self.sound("num_attention_heads", "hidden_size"):
             self.refuse(
                 "num_attention_heads",
@@ -193,23 +205,23 @@ class _Reader:
         if self.get("use_bidirectional_attention"):
             self.refuse("use_bidirectional_attention", "is true", "false: decoders are causal")
         pad = self.get("pad_token_id")
-        if pad is not None and not 0 <= pad < vocab_size:
+        if pad is not None and not -vocab_size <= pad < vocab_size and self.sound("vocab_size"):
             fix = f"a number below {vocab_size}, or null"
             self.refuse("pad_token_id", f"is {pad}, outside the vocabulary of {vocab_size}", fix)
 
-        slides, window = self.sliding(layers), self.window()
+        slides, window = self.sliding(layers), self.get("sliding_window")
         bias = bool(self.get("attention_bias", False))
         scale = self.number("query_pre_attn_scalar", head_dim) ** -0.5
         config = DecoderConfig(
             family=self.name,
             vocab_size=vocab_size,
             hidden_size=hidden,
-            intermediate_size=intermediate,
+            intermediate_size=self.get("intermediate_size"),
             num_layers=layers,
             num_heads=heads,
             num_kv_heads=kv_heads,
             head_dim=head_dim,
-            max_positions=self.count("max_position_embeddings"),
+            max_positions=self.get("max_position_embeddings"),
             tied_embeddings=bool(self.get("tie_word_embeddings")),
             layer_windows=tuple(window if slide else None for slide in slides),
             layer_ropes=self.ropes(slides, head_dim),
@@ -230,7 +242,7 @@ class _Reader:
             if family.scaled_embeddings
             else self.number("embedding_multiplier"),
             residual_multiplier=self.number("residual_multiplier"),
-            initializer_range=self.number("initializer_range") or 0.02,
+            initializer_range=self.number("initializer_range"),
             pad_token_id=pad,
             hf=dict(self.hf),
         )
@@ -243,7 +255,7 @@ class _Reader:
         types = self.get("layer_types")
         if types is None:
             return [bool(self.family.slides(layer, self.get)) for layer in range(layers)]
-        if len(types) != layers or not set(types) <= {FULL, SLIDING}:
+        if len(types) != layers or not all(kind in (FULL, SLIDING) for kind in types):
             self.refuse("layer_types", "does not fit", f"{layers} times {FULL!r} or {SLIDING!r}")
             return [False] * layers
         slides = [kind == SLIDING for kind in types]
@@ -251,11 +263,6 @@ class _Reader:
             fix = "true, or leave out layer_types"
             self.refuse("use_sliding_window", f"is false, but layer_types has {SLIDING!r}", fix)
         return slides
-
-    def window(self) -> int | None:
-        if self.get("sliding_window") is None:
-            return None
-        return self.count("sliding_window")
 
     def ropes(self, slides: list[bool], head_dim: int) -> tuple[RopeSpec | None, ...]:
         """Each layer's rotary embedding."""
@@ -285,19 +292,17 @@ class _Reader:
     def rope(
         self, key: str, parameters: Mapping[str, Any], head_dim: int, base: str = "rope_theta"
     ) -> RopeSpec | None:
-        positions = self.get("max_position_embeddings")
-        if not self.sound("max_position_embeddings"):
-            positions = 1
         known = self.sound("hidden_size", "num_attention_heads", "head_dim")
         # transformers takes this key for every family where a config has it, declared or not.
         original = self.hf.get("original_max_position_embeddings")
-        original = original or self.get("original_max_position_embeddings")
+        if not value_kind("original_max_position_embeddings", 1).fits(original):
+            original = self.get("original_max_position_embeddings")
         spec, mistakes = read_rope(
             parameters,
             key=f"model.config.{key}",
             head_dim=head_dim if known else None,
-            max_positions=positions,
-            theta=self.number(base, self.defaults[base]),
+            max_positions=self.get("max_position_embeddings"),
+            theta=self.number(base),
             partial=self.number("partial_rotary_factor"),
             original_max_positions=original,
             kinds=self.family.rope_kinds,

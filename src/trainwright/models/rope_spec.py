@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainwright.errors import Mistake
+from trainwright.models.family_specs import LIST, NUMBER
 
 # Keys that a kind cannot do without, besides its base.
 REQUIRED: dict[str, tuple[str, ...]] = {
@@ -36,6 +37,7 @@ NUMBERS = (
     "mscale",
     "mscale_all_dim",
 )
+FACTORS = ("short_factor", "long_factor")  # a number for each pair of channels
 
 
 @dataclass(frozen=True)
@@ -98,10 +100,17 @@ def read_rope(
     ]
     for name in NUMBERS:
         value = parameters.get(name)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float)):
-            mistakes.append(Mistake(f"`{name}` is {value!r}", "a number", f"{key}.{name}"))
+        if value is not None and not NUMBER.fits(value):
+            mistakes.append(Mistake(f"`{name}` is {value!r}", NUMBER.name, f"{key}.{name}"))
+    for name in FACTORS:
+        value = parameters.get(name)
+        if value is not None and not (LIST.fits(value) and all(map(NUMBER.fits, value))):
+            mistakes.append(Mistake(f"`{name}` is {value!r}", "a list of numbers", f"{key}.{name}"))
     if mistakes:
         return None, mistakes
+    if kind == "llama3" and parameters["high_freq_factor"] <= parameters["low_freq_factor"]:
+        what = "`high_freq_factor` is not above `low_freq_factor`"
+        mistakes.append(Mistake(what, "4 and 1 in Llama 3", f"{key}.high_freq_factor"))
     share = parameters.get("partial_rotary_factor", partial)
     dim = int(head_dim * share) if head_dim is not None else 0
     if head_dim is not None and (dim < 2 or dim % 2):
@@ -113,7 +122,7 @@ def read_rope(
             )
         )
     if kind == "longrope" and head_dim is not None:
-        for name in REQUIRED[kind]:
+        for name in FACTORS:
             found = len(parameters.get(name) or ())
             if found not in (0, dim // 2):
                 what = f"`{name}` has {found} numbers, one for each of {dim // 2} pairs is needed"

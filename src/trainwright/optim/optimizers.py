@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from trainwright.errors import UserError
@@ -15,12 +16,17 @@ NamedParameters = Iterable[tuple[str, nn.Parameter]]
 
 
 def build_optimizers(
-    parameters: NamedParameters, section: OptimizerSection, *, muon_dtype: torch.dtype
+    parameters: NamedParameters,
+    section: OptimizerSection,
+    *,
+    muon_dtype: torch.dtype,
+    replicas: dist.ProcessGroup | None = None,
 ) -> list[torch.optim.Optimizer]:
     """Optimizers that together update every parameter that requires a gradient.
 
     Vectors (norms, biases) get no weight decay. Under `muon`, the matrices inside the blocks
-    (names with `.layers.`) are Muon's; embeddings, head and vectors stay with AdamW.
+    (names with `.layers.`) are Muon's; embeddings, head and vectors stay with AdamW. `replicas`
+    are the workers that hold the same whole parameters, if any.
     """
     trained = [(name, p) for name, p in parameters if p.requires_grad]
     if section.name != "muon":
@@ -33,6 +39,7 @@ def build_optimizers(
         momentum=section.momentum,
         weight_decay=section.weight_decay,
         dtype=muon_dtype,
+        replicas=replicas,
     )
     return [muon, _adamw(rest, section)]
 

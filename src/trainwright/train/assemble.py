@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+import torch.distributed as dist
+
 from trainwright.checkpoint.state import State, load_training_state, training_tensors
 from trainwright.checkpoint.store import CheckpointStore
 from trainwright.data.prepare import open_data
@@ -84,6 +86,7 @@ def assemble(run: RunDirectory, world: World) -> Assembled:
         spread_model.model.named_parameters(),
         recipe.optimizer,
         muon_dtype=COMPUTE_DTYPES[plan.precision],
+        replicas=dist.group.WORLD if world.size > 1 and not spread_model.sharded else None,
     )
     objective = OBJECTIVES[recipe.objective.kind]
     step = TrainStep(
@@ -118,7 +121,7 @@ def assemble(run: RunDirectory, world: World) -> Assembled:
 
     evaluation = EvaluationHook(
         recipe,
-        recipe.evaluation.every or max(1, steps // 5),
+        recipe.evaluation.every or -(-steps // 5),
         steps,
         data.validation,
         spread_model,
@@ -131,7 +134,7 @@ def assemble(run: RunDirectory, world: World) -> Assembled:
     )
     checkpoints = CheckpointHook(
         store,
-        recipe.checkpoint.every or max(1, steps // 10),
+        recipe.checkpoint.every or -(-steps // 10),
         state,
         lambda: evaluation.newest,
         recipe.checkpoint.asynchronous,
