@@ -67,7 +67,7 @@ def run(folder: Path, command: list[str]) -> str:
 
 def shrunk(command: str) -> list[str]:
     """The command; a recipe of the reader's own is cut to two small steps."""
-    words = shlex.split(command)
+    words = shlex.split(command, comments=True)
     if words[1] == "train" and "quickstart" not in command:
         small = "{hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, "
         small += "num_attention_heads: 2, num_key_value_heads: 2}"

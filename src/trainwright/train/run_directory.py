@@ -20,6 +20,7 @@ from trainwright.errors import Mistake, UserError
 from trainwright.planner.plan import Plan
 from trainwright.recipe.load import different_keys, load_recipe
 from trainwright.recipe.schema import Recipe
+from trainwright.report.find import runs_near
 from trainwright.report.records import METRICS_FILE
 
 # What may change between the start of a run and its continuation: it decides how the work is
@@ -185,12 +186,9 @@ def find_run(path: Path | str) -> RunDirectory:
     """The run at `path`; UserError where there is none."""
     run = RunDirectory(Path(path))
     if not run.exists:
-        near = sorted(child.parent for child in Path("runs").glob("*/resolved.yaml"))
-        names = ", ".join(str(name) for name in near[:6])
+        near = ", ".join(str(found) for found in runs_near(run.path)[:6])
         raise UserError(
             f"{path} holds no run of Trainwright",
-            fix=f"runs found here: {names}"
-            if near
-            else "start one with `trainwright train RECIPE`",
+            fix=f"runs found nearby: {near}" if near else "start one: `trainwright train RECIPE`",
         )
     return run
