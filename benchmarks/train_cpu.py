@@ -56,7 +56,7 @@ def run_trainwright(folder: Path, steps: int, compile_blocks: bool) -> dict:
     file = folder / "recipe.yaml"
     file.write_text(json.dumps(recipe(folder, steps, compile_blocks)))
     import trainwright
-    from trainwright.train.metrics import read_metrics
+    from trainwright.training.metrics import read_metrics
 
     trainwright.train(file)
     records = [r for r in read_metrics(folder / "run") if r["kind"] == "step"]

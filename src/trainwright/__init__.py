@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from trainwright.recipe.schema import Recipe
-    from trainwright.train.api import export, generate, load_model, train
+    from trainwright.training.api import export, generate, load_model, train
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "Recipe": "trainwright.recipe.schema",
-    "train": "trainwright.train.api",
-    "load_model": "trainwright.train.api",
-    "generate": "trainwright.train.api",
-    "export": "trainwright.train.api",
+    "train": "trainwright.training.api",
+    "load_model": "trainwright.training.api",
+    "generate": "trainwright.training.api",
+    "export": "trainwright.training.api",
 }
 
 __all__ = ["Recipe", "__version__", "export", "generate", "load_model", "train"]

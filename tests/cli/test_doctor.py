@@ -14,8 +14,8 @@ import typer
 from typer.testing import CliRunner
 
 from trainwright.cli.doctor import doctor
-from trainwright.train import calibrate, checkup, machine
-from trainwright.train.calibrate import AllReduceSpeed, MatmulSpeed, MemoryBandwidth
+from trainwright.training import calibrate, checkup, machine
+from trainwright.training.calibrate import AllReduceSpeed, MatmulSpeed, MemoryBandwidth
 
 app = typer.Typer(pretty_exceptions_enable=False)
 app.command()(doctor)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import trainwright
-from tests.train.runs import small_recipe, train_here
+from tests.training.runs import small_recipe, train_here
 from trainwright.cli.main import main
 from trainwright.data.prepare import open_data
 from trainwright.errors import UserError

@@ -139,7 +139,7 @@ def test_validate_summarises_and_prints(tmp_path: Path) -> None:
 
     illegal = trainwright("validate", "quickstart.yaml", "parallel.workers=3", folder=tmp_path)
     assert illegal.returncode == 2
-    assert "16 rows do not share out evenly over 3 workers" in illegal.stderr
+    assert "8 rows do not share out evenly over 3 workers" in illegal.stderr
 
 
 def test_validate_prints_the_schema_quietly_into_a_closed_pipe(tmp_path: Path) -> None:

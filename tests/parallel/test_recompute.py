@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.train.runs import small_recipe
+from tests.training.runs import small_recipe
 from trainwright.models.families import decoder_config, new_hf_config
 from trainwright.models.weights import initialise, new_model
 from trainwright.parallel.recompute import recompute_block

@@ -9,7 +9,7 @@ import typer
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from trainwright.train.checkup import Finding
+    from trainwright.training.checkup import Finding
 
 EXAMPLE = """
 Examples:
@@ -41,7 +41,7 @@ def doctor(
 
     from rich.console import Console
 
-    from trainwright.train.checkup import can_train, examine
+    from trainwright.training.checkup import can_train, examine
 
     console, waiting = Console(), Console(stderr=True)
     if as_json:

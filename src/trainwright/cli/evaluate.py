@@ -37,7 +37,7 @@ def evaluate(
     from rich.console import Console
     from rich.table import Table
 
-    from trainwright.train.score import score
+    from trainwright.training.score import score
 
     results = score(
         model, data or [], step=step, sequence_length=sequence_length, most_rows=rows, batch=batch

@@ -27,7 +27,7 @@ def export(
     ] = None,
 ) -> None:
     """Write a run's model in Hugging Face's layout: config, weights, tokenizer, model card."""
-    from trainwright.train.artifacts import export_run
+    from trainwright.training.artifacts import export_run
 
     written = export_run(run, destination, step=step, dtype=dtype)
     size = sum(file.stat().st_size for file in written.rglob("*") if file.is_file())

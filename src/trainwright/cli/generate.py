@@ -53,7 +53,7 @@ def generate(
     from trainwright.rollout.engine import generate as complete
     from trainwright.rollout.engine import stream
     from trainwright.rollout.sampling import SamplingParams
-    from trainwright.train.artifacts import open_model
+    from trainwright.training.artifacts import open_model
 
     if prompts == ["-"]:
         prompts = [line.rstrip("\n") for line in sys.stdin if line.strip()]
@@ -96,7 +96,7 @@ def chat(
     from trainwright.errors import UserError
     from trainwright.rollout.engine import stream
     from trainwright.rollout.sampling import SamplingParams
-    from trainwright.train.artifacts import open_model
+    from trainwright.training.artifacts import open_model
 
     opened = open_model(model, step=step)
     if template is not None:

@@ -151,7 +151,7 @@ def _print_summary(recipe: Recipe, console: Console) -> None:
 
     from trainwright.planner.known_model import known_config
     from trainwright.planner.plan import make_plan
-    from trainwright.train.machine import detect_machine
+    from trainwright.training.machine import detect_machine
 
     config = known_config(recipe.model, recipe.tokenizer)
     plan = make_plan(recipe, detect_machine(), config)

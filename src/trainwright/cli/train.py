@@ -33,8 +33,8 @@ def train(
     """Train a recipe, or continue its run, then export the model and write the report."""
     from rich.console import Console
 
-    from trainwright.train import api
-    from trainwright.train.launch import INTERRUPTED, RunInterrupted, WorkerFailed
+    from trainwright.training import api
+    from trainwright.training.launch import INTERRUPTED, RunInterrupted, WorkerFailed
 
     console = Console(highlight=False)
     try:

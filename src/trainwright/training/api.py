@@ -20,11 +20,11 @@ from trainwright.report.html import write_report
 from trainwright.rollout.engine import Completion
 from trainwright.rollout.engine import generate as generate_completions
 from trainwright.rollout.sampling import SamplingParams
-from trainwright.train.artifacts import complete_step, export_run, open_model, result_figures
-from trainwright.train.launch import RunInterrupted, is_launched, launch_workers
-from trainwright.train.prepare import prepare_run
-from trainwright.train.run_directory import RunDirectory, default_run_directory, locked, open_run
-from trainwright.train.worker import run_worker
+from trainwright.training.artifacts import complete_step, export_run, open_model, result_figures
+from trainwright.training.launch import RunInterrupted, is_launched, launch_workers
+from trainwright.training.prepare import prepare_run
+from trainwright.training.run_directory import RunDirectory, default_run_directory, locked, open_run
+from trainwright.training.worker import run_worker
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ import pytest
 from trainwright.errors import UserError
 from trainwright.recipe.schema import Tracking
 from trainwright.report.records import METRICS_FILE, encode_record
-from trainwright.train import metrics
-from trainwright.train.metrics import MetricsWriter, read_metrics, truncate_after
-from trainwright.train.trackers import scalars
+from trainwright.training import metrics
+from trainwright.training.metrics import MetricsWriter, read_metrics, truncate_after
+from trainwright.training.trackers import scalars
 
 
 def step(number: int, loss: float = 2.0) -> dict:

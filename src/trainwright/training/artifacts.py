@@ -19,9 +19,9 @@ from trainwright.models.families import FAMILIES, decoder_config
 from trainwright.models.weights import load_model as load_hugging_face
 from trainwright.models.weights import new_model
 from trainwright.parallel.spread import Model
-from trainwright.train.metrics import read_metrics
-from trainwright.train.prepare import pretrained_directory
-from trainwright.train.run_directory import RunDirectory, find_run
+from trainwright.training.metrics import read_metrics
+from trainwright.training.prepare import pretrained_directory
+from trainwright.training.run_directory import RunDirectory, find_run
 
 
 @dataclass(frozen=True)

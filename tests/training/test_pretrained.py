@@ -10,7 +10,7 @@ import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import trainwright
-from tests.train.runs import Recorder, small_recipe, train_here
+from tests.training.runs import Recorder, small_recipe, train_here
 from tests.workers import run_on
 from trainwright.data.prepare import open_data
 from trainwright.data.tokenizers import byte_tokenizer, save_tokenizer

@@ -12,7 +12,7 @@ import psutil
 import pytest
 import torch
 
-from trainwright.train import calibrate, machine
+from trainwright.training import calibrate, machine
 
 
 def control_group(root: Path, membership: str, files: dict[str, str]) -> Path:

@@ -16,8 +16,8 @@ from trainwright.planner.plan import Plan, make_plan
 from trainwright.recipe.load import dump_recipe
 from trainwright.recipe.presets import model_config
 from trainwright.recipe.schema import ModelSection, Recipe
-from trainwright.train.machine import detect_machine, environment_facts
-from trainwright.train.run_directory import RunDirectory
+from trainwright.training.machine import detect_machine, environment_facts
+from trainwright.training.run_directory import RunDirectory
 
 
 def total_steps(recipe: Recipe, train: Batches) -> int:

@@ -1,4 +1,4 @@
-"""One worker of a run: `python -m trainwright.train.worker RUN`, started by `launch`.
+"""One worker of a run: `python -m trainwright.training.worker RUN`, started by `launch`.
 
 Joins the other workers, builds its part of the model, takes up the newest checkpoint, trains.
 """
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from trainwright.parallel.world import World
-    from trainwright.train.run_directory import RunDirectory
+    from trainwright.training.run_directory import RunDirectory
 
 
 def main() -> None:
@@ -24,11 +24,11 @@ def main() -> None:
     _redirect_output(logs, rank)
 
     from trainwright.errors import UserError
-    from trainwright.train.launch import report_failure
+    from trainwright.training.launch import report_failure
 
     try:
         from trainwright.parallel.world import join_world, leave_world
-        from trainwright.train.run_directory import RunDirectory
+        from trainwright.training.run_directory import RunDirectory
 
         world = join_world()
         finished = run_worker(RunDirectory(Path(sys.argv[1])), world)
@@ -45,7 +45,7 @@ def main() -> None:
 
 def run_worker(run: RunDirectory, world: World) -> bool:
     """Train the run's remaining steps; False if the run was asked to stop before its end."""
-    from trainwright.train.assemble import assemble
+    from trainwright.training.assemble import assemble
 
     if world.is_first:
         (run.logs / "interrupted").unlink(missing_ok=True)

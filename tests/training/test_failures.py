@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from tests.train.runs import assemble_here, small_recipe, train_here, write_recipe, write_texts
+from tests.training.runs import assemble_here, small_recipe, train_here, write_recipe, write_texts
 from tests.workers import run_on
 from trainwright.checkpoint.store import CheckpointStore
 from trainwright.cli.main import main
 from trainwright.errors import UserError
-from trainwright.train.run_directory import RunDirectory, locked, open_run
-from trainwright.train.step import BrokenNumbersError
+from trainwright.training.run_directory import RunDirectory, locked, open_run
+from trainwright.training.step import BrokenNumbersError
 
 
 def command(monkeypatch, capsys, *arguments: object) -> tuple[int, str]:

@@ -13,9 +13,9 @@ from trainwright.objectives.next_token import next_token_loss
 from trainwright.parallel.spread import SpreadModel
 from trainwright.parallel.world import World
 from trainwright.recipe.schema import Source
-from trainwright.train.artifacts import open_model
-from trainwright.train.evaluate import HeldOutLoss, held_out_loss
-from trainwright.train.run_directory import RunDirectory
+from trainwright.training.artifacts import open_model
+from trainwright.training.evaluate import HeldOutLoss, held_out_loss
+from trainwright.training.run_directory import RunDirectory
 
 
 def score(

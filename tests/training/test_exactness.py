@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.train.runs import Recorder, assemble_here, small_recipe, train_here
+from tests.training.runs import Recorder, assemble_here, small_recipe, train_here
 from tests.workers import run_on
 from trainwright.data.prepare import open_data
 from trainwright.optim.schedules import learning_rate

@@ -71,7 +71,7 @@ def launch_workers(run_directory: Path, plan: Plan) -> None:
     with _environment(worker_environment(plan)):
         try:
             elastic_launch(config, sys.executable)(
-                "-m", "trainwright.train.worker", str(run_directory)
+                "-m", "trainwright.training.worker", str(run_directory)
             )
         except ChildFailedError as error:
             raise _explain(run_directory, error) from error

@@ -9,7 +9,7 @@ import re
 import pytest
 from rich.console import Console
 
-from trainwright.train.progress import (
+from trainwright.training.progress import (
     BLOCKS,
     SPARK_CELLS,
     Display,

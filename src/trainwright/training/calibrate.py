@@ -148,7 +148,7 @@ def measure_all_reduce(
     Raises RuntimeError with a worker's last words if they cannot talk, or not in time.
     """
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "trainwright.train.calibrate", folder, backend]
+        command = [sys.executable, "-m", "trainwright.training.calibrate", folder, backend]
         command += [",".join(map(str, message_bytes)), str(workers)]
         cores = os.cpu_count() or 1
         environment = {**os.environ, "OMP_NUM_THREADS": str(max(1, cores // workers))}

@@ -19,10 +19,10 @@ from trainwright.planner.plan import Plan
 from trainwright.recipe.schema import Recipe
 from trainwright.rollout.engine import generate
 from trainwright.rollout.sampling import SamplingParams
-from trainwright.train.evaluate import HeldOutLoss, held_out_loss
-from trainwright.train.metrics import MetricsWriter
-from trainwright.train.progress import Progress
-from trainwright.train.step import Objective, StepStats
+from trainwright.training.evaluate import HeldOutLoss, held_out_loss
+from trainwright.training.metrics import MetricsWriter
+from trainwright.training.progress import Progress
+from trainwright.training.step import Objective, StepStats
 
 
 def peak_memory(device: torch.device) -> int:

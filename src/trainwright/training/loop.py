@@ -10,7 +10,7 @@ from typing import Protocol
 from trainwright.data.batches import Batches
 from trainwright.optim.schedules import learning_rate
 from trainwright.recipe.schema import Recipe
-from trainwright.train.step import StepStats, TrainStep
+from trainwright.training.step import StepStats, TrainStep
 
 
 class Hook(Protocol):

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from trainwright.report.tables import bytes_text, rate_text, significant
-from trainwright.train import machine
+from trainwright.training import machine
 
 State = Literal["good", "note", "missing", "broken"]
 
@@ -312,7 +312,7 @@ def measure(say: Callable[[str], None]) -> Iterator[Finding]:
     """Measured speeds: matrix products, memory, and sums between workers."""
     import torch
 
-    from trainwright.train import calibrate
+    from trainwright.training import calibrate
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     say("measuring matrix products and memory")

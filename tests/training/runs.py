@@ -12,9 +12,9 @@ import torch.distributed as dist
 from trainwright.parallel.world import World
 from trainwright.recipe.load import dump_recipe
 from trainwright.recipe.schema import Recipe
-from trainwright.train.assemble import Assembled, assemble
-from trainwright.train.prepare import prepare_run
-from trainwright.train.run_directory import RunDirectory, default_run_directory, open_run
+from trainwright.training.assemble import Assembled, assemble
+from trainwright.training.prepare import prepare_run
+from trainwright.training.run_directory import RunDirectory, default_run_directory, open_run
 
 WORDS = [
     "the",

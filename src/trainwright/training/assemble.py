@@ -22,14 +22,14 @@ from trainwright.parallel.world import World
 from trainwright.planner.plan import Plan
 from trainwright.planner.shapes import flops_per_token, parameter_count
 from trainwright.recipe.schema import Recipe
-from trainwright.train.calibrate import peak_flops
-from trainwright.train.hooks import CheckpointHook, EvaluationHook, MetricsHook
-from trainwright.train.loop import Hook, Trainer
-from trainwright.train.metrics import MetricsWriter
-from trainwright.train.prepare import pretrained_directory, total_steps
-from trainwright.train.progress import Progress
-from trainwright.train.run_directory import RunDirectory
-from trainwright.train.step import TrainStep
+from trainwright.training.calibrate import peak_flops
+from trainwright.training.hooks import CheckpointHook, EvaluationHook, MetricsHook
+from trainwright.training.loop import Hook, Trainer
+from trainwright.training.metrics import MetricsWriter
+from trainwright.training.prepare import pretrained_directory, total_steps
+from trainwright.training.progress import Progress
+from trainwright.training.run_directory import RunDirectory
+from trainwright.training.step import TrainStep
 
 OBJECTIVES = {"next_token": next_token_loss}
 

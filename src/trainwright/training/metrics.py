@@ -24,7 +24,7 @@ from trainwright.report.records import (
     iterate_metrics,
     read_metrics,
 )
-from trainwright.train.trackers import Trackers, open_trackers, print_warning
+from trainwright.training.trackers import Trackers, open_trackers, print_warning
 
 __all__ = ["MetricsWriter", "read_metrics", "truncate_after"]
 

@@ -10,7 +10,7 @@ import torch
 from trainwright.data.batches import Batches
 from trainwright.parallel.spread import SpreadModel
 from trainwright.parallel.world import World
-from trainwright.train.step import Objective, compute_context, to_tensors
+from trainwright.training.step import Objective, compute_context, to_tensors
 
 
 @dataclass(frozen=True)

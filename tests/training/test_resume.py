@@ -15,7 +15,7 @@ import psutil
 import pytest
 import torch
 
-from tests.train.runs import write_recipe
+from tests.training.runs import write_recipe
 from trainwright.checkpoint.store import CheckpointStore
 
 COMMAND = [sys.executable, "-m", "trainwright"]
