@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from trainwright.kernels import cpu_attention
 from trainwright.kernels.attention import (
     BlockMask,
     _block_mask,
@@ -16,6 +17,16 @@ from trainwright.kernels.attention import (
 # Documents of a row, and -1 for padding: inside, before and after.
 PACKED = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2, 2, 2], [-1, -1, 5, 5, 5, 5, 7, 7, -1, -1]])
 SCALE = 0.3
+
+
+@pytest.fixture(params=["torch", "blocked"])
+def kernel(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Which kernel a CPU takes, whatever the one that the tests run on would; blocks of 4."""
+    monkeypatch.setattr(cpu_attention, "MEASURED_KIND", request.param == "blocked")
+    monkeypatch.setattr(cpu_attention, "QUERIES", 4)
+    if request.param == "torch":
+        monkeypatch.setattr("trainwright.kernels.attention.takes", lambda q, k, v: False)
+    return request.param
 
 
 def inputs(
@@ -32,6 +43,7 @@ def inputs(
     )
 
 
+@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("window", [None, 1, 3, 10, 99])
 @pytest.mark.parametrize("segments", [None, PACKED])
@@ -82,6 +94,7 @@ def test_plain_causal_rows_need_no_mask() -> None:
     assert attention_mask(None, queries=3, keys=8, device=device) is not None
 
 
+@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("softcap", [None, 1.5])
 def test_rows_of_padding_stay_finite(softcap: float | None) -> None:
     q, k, v = inputs(dtype=torch.bfloat16)
@@ -92,6 +105,7 @@ def test_rows_of_padding_stay_finite(softcap: float | None) -> None:
     assert all(torch.isfinite(tensor).all() for tensor in (result, *gradients))
 
 
+@pytest.mark.usefixtures("kernel")
 def test_one_document_does_not_feel_another() -> None:
     q, k, v = inputs()
     mask = attention_mask(PACKED, queries=10, keys=10, device=q.device)
@@ -119,3 +133,43 @@ def test_block_masks_see_the_same(
         q, k, v, segments=segments, window=window, scale=SCALE, softcap=softcap
     )
     torch.testing.assert_close(result, expected, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("heads", [2, 16])
+def test_blocks_read_nothing_before_a_document(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of a group share their blocks, so only what none of them sees is left out."""
+    monkeypatch.setattr(cpu_attention, "QUERIES", 4)
+    monkeypatch.setattr(cpu_attention, "HEADS", heads)
+    monkeypatch.setattr(cpu_attention, "MEASURED_KIND", True)
+    segments = torch.tensor([[0] * 8 + [1] * 4, [0] * 5 + [1] * 7])
+    q, k, v = (torch.randn(2, 2, 12, 6) for _ in range(3))
+    mask = attention_mask(segments, queries=12, keys=12, device=q.device)
+    seen = [
+        (block.start, keys.start)
+        for group in cpu_attention._groups(q, k, v, mask, SCALE, None)
+        for block, keys, *_ in group.blocks()
+    ]
+    apart = [(0, 0), (4, 0), (8, 8), (0, 0), (4, 0), (8, 5)]
+    assert seen == (apart if heads == 2 else [(0, 0), (4, 0), (8, 5)])
+
+
+@pytest.mark.parametrize("segments", [None, PACKED])
+def test_blocks_in_bf16_are_as_exact_as_the_fused_kernel(segments: torch.Tensor | None) -> None:
+    """Scores are not rounded to bf16: at these sizes a rounded score would be off by 0.1."""
+    q, k, v = (tensor.detach() for tensor in inputs())
+    q, k, v = (5 * q).bfloat16(), (5 * k).bfloat16(), v.bfloat16()
+    mask = attention_mask(segments, queries=10, keys=10, device=q.device)
+    with torch.autocast("cpu", torch.bfloat16):
+        result = cpu_attention.blocked_attention(q, k, v, mask=mask, scale=SCALE)
+    exact = attention_reference(q.double(), k.double(), v.double(), segments=segments, scale=SCALE)
+    assert result.dtype == torch.bfloat16
+    assert (result - exact).norm() <= 2**-8 * exact.norm()
+
+
+def test_blocks_are_one_operation_to_the_compiler() -> None:
+    """With the strides and gradients that torch.library checks."""
+    q, k, v = inputs()
+    for mask in (None, attention_mask(PACKED, queries=10, keys=10, device=q.device)):
+        torch.library.opcheck(
+            torch.ops.trainwright.blocked_attention.default, (q, k, v, mask, SCALE, 1.5)
+        )

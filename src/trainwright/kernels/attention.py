@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trainwright.kernels.cpu_attention import blocked_attention, is_faster, takes
+
 try:
     from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 except ImportError:  # a torch without it: masks are plain tensors everywhere
@@ -46,9 +48,8 @@ def attention_mask(
     if device.type == "cuda" and BlockMask is not None and queries == keys:
         return _block_mask(segments, keys, window, device)
     # On CPU (bf16, batch 16, sequences of 256 and 512, forward and backward) a boolean mask costs
-    # scaled_dot_product_attention 3-7 % over is_causal, an additive one up to 13 %. A call for
-    # each document takes a third off the forward pass where documents have 100 tokens, but the
-    # whole then takes four times as long. So: one call, one mask, made once for all layers.
+    # scaled_dot_product_attention 3-7 % over is_causal, an additive one up to 13 %; a call for
+    # each document of 100 tokens takes four times as long. So: one mask, made once for all layers.
     slots = torch.arange(keys, device=device)
     rows, columns = slots[keys - queries :, None], slots[None, :]
     seen = columns <= rows
@@ -86,6 +87,8 @@ def attention(
             scale=scale,
             enable_gqa=grouped,
         )
+    if takes(q, k, v) and (softcap is not None or is_faster(q, mask)):
+        return blocked_attention(q, k, v, mask=mask, scale=scale, softcap=softcap)
     if softcap is not None:
         return _capped_attention(q, k, v, mask, scale, softcap)
     if grouped and q.device.type == "cuda" and mask is not None:
