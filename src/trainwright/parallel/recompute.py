@@ -24,6 +24,7 @@ _EXPENSIVE = frozenset(
         torch.ops.aten._scaled_dot_product_efficient_attention,
         torch.ops.aten._scaled_dot_product_cudnn_attention,
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu,
+        torch.ops.trainwright.blocked_attention,
     )
     for overload in (getattr(packet, name) for name in packet.overloads())
 )
