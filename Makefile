@@ -20,7 +20,8 @@ install: $(VENV)/.installed  ## the package and its tools in .venv
 
 .PHONY: quickstart
 quickstart: install  ## train, evaluate, sample and export a small model of code
-	$(BIN)/trainwright train examples/quickstart.yaml
+	@# Two worker processes on the CPU, which every machine has; a single GPU would be one worker.
+	CUDA_VISIBLE_DEVICES= $(BIN)/trainwright train examples/quickstart.yaml
 
 .PHONY: test
 test: install check  ## checks and all tests but the long proofs

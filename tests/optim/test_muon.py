@@ -54,3 +54,12 @@ def test_two_steps_equal_the_update_written_out():
 def test_only_matrices_are_taken():
     with pytest.raises(ValueError, match="matrices"):
         Muon([torch.nn.Parameter(torch.zeros(3))])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [1.0, 1e-8])
+def test_small_gradients_are_leveled_like_large_ones(dtype, size):
+    matrix = torch.randn(64, 64, generator=torch.Generator().manual_seed(4))
+    exact = orthogonalise(matrix, torch.float32)
+    error = (orthogonalise(matrix * size, dtype) - exact).norm() / exact.norm()
+    assert error < 0.06

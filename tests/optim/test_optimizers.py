@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from trainwright.errors import UserError
 from trainwright.optim.clip import clip_factor, gradient_norm, scale_gradients
 from trainwright.optim.muon import Muon
 from trainwright.optim.optimizers import build_optimizers, set_learning_rate
@@ -29,7 +30,8 @@ def parameters() -> dict[str, nn.Parameter]:
 
 def build(named: dict[str, nn.Parameter], name: str) -> list[torch.optim.Optimizer]:
     section = Optimizer(name=name, learning_rate=1e-2, weight_decay=0.1)
-    return build_optimizers(named.items(), section, muon_dtype=torch.float32)
+    in_blocks = [p for key, p in named.items() if ".layers." in key]
+    return build_optimizers(named.values(), section, in_blocks=in_blocks, muon_dtype=torch.float32)
 
 
 def test_adamw_decays_matrices_only_and_equals_torch_adamw():
@@ -64,6 +66,12 @@ def test_muon_takes_the_blocks_matrices_and_adamw_the_rest():
     assert taken == {id(named["model.layers.0.mlp.up_proj.weight"])}
     rest = {id(p) for group in adamw.param_groups for p in group["params"]}
     assert rest == {id(p) for p in named.values()} - taken
+
+
+def test_muon_without_a_matrix_in_a_block_is_refused():
+    named = {"model.embed_tokens.weight": parameters()["model.embed_tokens.weight"]}
+    with pytest.raises(UserError, match="adamw"):
+        build(named, "muon")
 
 
 def test_frozen_parameters_are_left_out():

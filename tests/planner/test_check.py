@@ -312,3 +312,16 @@ schedule: {name: wsd, warmup: 0.9}
         ("10", "schedule.decay"),
         ("command line", "parallel.workers"),
     ]
+
+
+def test_checkpoints_and_evaluations_that_never_meet_cannot_find_the_best(tmp_path):
+    from trainwright.recipe.load import load_recipe
+
+    file = tmp_path / "recipe.yaml"
+    file.write_text(
+        "model: {family: llama, preset: 4m}\ntokenizer: bytes\ntraining: {steps: 600}\n"
+        "checkpoint: {keep_best: true, every: 150}\nevaluation: {every: 100}\n"
+    )
+    with pytest.raises(UserError, match="rarely meet"):
+        load_recipe(file, (), recipe_checks)
+    load_recipe(file, ["evaluation.every=75"], recipe_checks)

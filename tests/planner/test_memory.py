@@ -63,14 +63,14 @@ def test_activations_are_what_autograd_saves(
     measured = sum(saved.values())
     if precision == "bf16":  # autocast's copies of the weights, which belong to the states
         measured -= 2 * count_parameters(config).blocks
-    formula = activation_bytes(config, precision, "none", LENGTH, "cpu") * ROWS * LENGTH
+    formula = activation_bytes(config, precision, "none") * ROWS * LENGTH
     assert measured == pytest.approx(formula, rel=0.1)
 
 
 def test_recompute_keeps_less() -> None:
     config = config_of("llama", num_hidden_layers=32)
     none, selective, full = (
-        activation_bytes(config, "bf16", policy, LENGTH, "cpu")  # type: ignore[arg-type]
+        activation_bytes(config, "bf16", policy)  # type: ignore[arg-type]
         for policy in ("none", "selective", "full")
     )
     assert full < 0.2 * none
@@ -84,7 +84,10 @@ def test_states_are_what_an_optimizer_step_leaves(name: str) -> None:
     config = config_of("llama")
     model = Decoder(config)
     optimizers = build_optimizers(
-        model.named_parameters(), Optimizer(name=name), muon_dtype=torch.float32
+        model.parameters(),
+        Optimizer(name=name),
+        in_blocks=[p for block in model.blocks for p in block.parameters()],
+        muon_dtype=torch.float32,
     )
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)

@@ -131,7 +131,7 @@ def test_micro_batch_fills_half_of_the_memory_and_divides_the_rows() -> None:
         training={"steps": 1, "batch_sequences": 48 * 8},
     )
     plan = make_plan(recipe, GPUS)
-    row = 2048 * activation_bytes(config, "bf16", "none", 2048, "cuda")
+    row = 2048 * activation_bytes(config, "bf16", "none")
     room = 40 * GIB - state_bytes(config, "adamw", "bf16", 8) - head_bytes(config)
     fits = [n for n in range(1, 49) if 48 % n == 0 and n * row <= room]
     assert plan.micro_batch == fits[-1]

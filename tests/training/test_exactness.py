@@ -17,6 +17,7 @@ VARIANTS = {
     "8 x 1 accumulated": (1, {"parallel": {"micro_batch": 1}}),
     "recompute full": (1, {"training": {"recompute": "full"}}),
     "recompute selective": (1, {"training": {"recompute": "selective"}}),
+    "compiled": (1, {"training": {"compile": True}}),
     "2 workers": (2, {"parallel": {"workers": 2, "micro_batch": 4}}),
     "2 workers, accumulated": (2, {"parallel": {"workers": 2, "micro_batch": 1}}),
     "2 shards": (2, {"parallel": {"workers": 2, "dp_shard": 2, "micro_batch": 2}}),

@@ -14,6 +14,7 @@ from tests.workers import run_on
 from trainwright.checkpoint.store import CheckpointStore
 from trainwright.cli.main import main
 from trainwright.errors import UserError
+from trainwright.training.prepare import prepare_run
 from trainwright.training.run_directory import RunDirectory, locked, open_run
 from trainwright.training.step import BrokenNumbersError
 
@@ -153,8 +154,9 @@ def test_a_recipe_corrected_before_anything_was_learnt_takes_the_place_of_the_fi
     (folder / "resolved.yaml").write_text(write_recipe(tmp_path, seed=5).read_text())
     (folder / "recipe.yaml").write_text("name: before\n")
     assert not RunDirectory(folder).has_trained
-    open_run(small_recipe(tmp_path))
-    assert not (folder / "recipe.yaml").exists()
+    recipe = small_recipe(tmp_path)
+    prepare_run(open_run(recipe), recipe, "name: corrected\n", lambda message: None)
+    assert (folder / "recipe.yaml").read_text() == "name: corrected\n"
 
 
 def test_a_folder_of_other_files_is_not_touched(tmp_path, monkeypatch, capsys):

@@ -25,10 +25,10 @@ def evaluate(
     ] = None,
     step: Annotated[int | None, typer.Option(help="Saved step; default the newest.")] = None,
     sequence_length: Annotated[
-        int | None, typer.Option(help="Tokens of context; default the recipe's, else 1,024.")
+        int | None, typer.Option(min=1, help="Tokens of context; default the recipe's, else 1,024.")
     ] = None,
-    rows: Annotated[int | None, typer.Option(help="Most rows to score.")] = None,
-    batch: Annotated[int, typer.Option(help="Rows at once.")] = 8,
+    rows: Annotated[int | None, typer.Option(min=1, help="Most rows to score.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Rows at once.")] = 8,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Score a model on held-out text."""

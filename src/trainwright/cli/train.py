@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -44,9 +45,10 @@ def train(
             say=lambda text: console.print(text, markup=False, soft_wrap=True),
             from_step=from_step,
         )
-    except RunInterrupted:
-        command = " ".join(["trainwright train", str(recipe), *(overrides or [])])
-        console.print(f"Stopped and saved. Continue with: [bold]{command}[/bold]")
+    except RunInterrupted as stopped:
+        command = shlex.join(["trainwright", "train", str(recipe), *(overrides or [])])
+        what = "Stopped and saved" if stopped.saved else "Stopped before the next step was saved"
+        console.print(f"{what}. Continue with: {command}", markup=False, soft_wrap=True)
         raise typer.Exit(INTERRUPTED) from None
     except WorkerFailed as failure:
         typer.echo(str(failure), err=True)
@@ -56,10 +58,10 @@ def train(
     console.print()
     for name, value in result.figures.items():
         shown = f"{value:,.4g}" if isinstance(value, float) else f"{value:,}"
-        console.print(f"  {name:<28}{shown}")
+        console.print(f"  {name:<28}{shown}", markup=False, soft_wrap=True)
     if result.export is not None:
-        console.print(f"  {'model':<28}{result.export}")
-    console.print(f"  {'report':<28}{result.report}")
+        console.print(f"  {'model':<28}{result.export}", markup=False, soft_wrap=True)
+    console.print(f"  {'report':<28}{result.report}", markup=False, soft_wrap=True)
 
 
 train.__doc__ = f"{train.__doc__}\n{EXAMPLE}"

@@ -151,6 +151,6 @@ def _chunk(
         gradient *= 1.0 - bent * bent
     if scale != 1.0:
         gradient *= scale
-    if not bool(trained.all()):
+    if trained.is_cuda or not bool(trained.all()):  # on a GPU, looking would mean waiting
         gradient *= trained.unsqueeze(-1)
     return loss, gradient

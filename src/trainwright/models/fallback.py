@@ -131,6 +131,16 @@ class FallbackModel(nn.Module):
         bias = getattr(matrix, "bias", None)
         return OutputHead(matrix.weight, bias, float(scale), hf.get("final_logit_softcapping"))
 
+    def require(self, device: torch.device, *, packing: bool) -> None:
+        """Try now what training will ask for; UserError where the inner class lacks it.
+
+        Before the model is spread: later, workers would try it at different times, each waiting
+        for the others' shards.
+        """
+        self._require("head", self._head_is_linear, device)
+        if packing:
+            self._require("packing", self._keeps_apart, device)
+
     def _require(self, ability: str, test: Any, device: torch.device) -> None:
         """Try an ability on a few tokens, once; UserError where the inner class lacks it."""
         if ability not in self._tried:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from trainwright.kernels.cross_entropy import IGNORED, linear_cross_entropy
 
 
-def next_token_loss(model: nn.Module, batch: Mapping[str, Tensor | None]) -> tuple[Tensor, int]:
-    """(loss sum in fp32, number of trained targets) of a micro-batch.
+def next_token_loss(model: nn.Module, batch: Mapping[str, Tensor | None]) -> tuple[Tensor, Tensor]:
+    """(loss sum in fp32, number of trained targets) of a micro-batch, both scalars on the device.
 
     `batch` holds `input_ids`, `labels` (already shifted, -100 = not trained) and `position_ids`
     [rows, sequence], and `segment_ids` of the same shape or None. The loss is taken inside the
@@ -41,4 +41,4 @@ def next_token_loss(model: nn.Module, batch: Mapping[str, Tensor | None]) -> tup
         segment_ids=batch["segment_ids"],
         head=loss_of,
     )
-    return loss, int(torch.count_nonzero(labels != IGNORED))
+    return loss, torch.count_nonzero(labels != IGNORED)

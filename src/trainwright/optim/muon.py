@@ -28,8 +28,8 @@ def orthogonalise(matrix: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor
     """
     a, b, c = COEFFICIENTS
     tall = matrix.shape[0] > matrix.shape[1]
-    x = (matrix.mT if tall else matrix).to(dtype)
-    x = x / (x.norm() + 1e-7)
+    x = matrix.mT if tall else matrix
+    x = (x / (x.norm() + 1e-12)).to(dtype)  # normalised first: fp16 could not hold it before
     for _ in range(ITERATIONS):
         gram = x @ x.mT
         x = a * x + torch.addmm(gram, gram, gram, beta=b, alpha=c) @ x

@@ -8,31 +8,40 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from trainwright.errors import UserError
+from trainwright.errors import Mistake, UserError
 from trainwright.optim.muon import Muon
 from trainwright.recipe.schema import Optimizer as OptimizerSection
 
-NamedParameters = Iterable[tuple[str, nn.Parameter]]
-
 
 def build_optimizers(
-    parameters: NamedParameters,
+    parameters: Iterable[nn.Parameter],
     section: OptimizerSection,
     *,
+    in_blocks: Iterable[nn.Parameter] = (),
     muon_dtype: torch.dtype,
     replicas: dist.ProcessGroup | None = None,
 ) -> list[torch.optim.Optimizer]:
     """Optimizers that together update every parameter that requires a gradient.
 
     Vectors (norms, biases) get no weight decay. Under `muon`, the matrices inside the blocks
-    (names with `.layers.`) are Muon's; embeddings, head and vectors stay with AdamW. `replicas`
-    are the workers that hold the same whole parameters, if any.
+    (those of `in_blocks`) are Muon's; embeddings, head and vectors stay with AdamW. `replicas`
+    are the workers that hold the same whole parameters, if any. Raises UserError for `muon` where
+    there is no such matrix, and for `adamw-8bit` without torchao.
     """
-    trained = [(name, p) for name, p in parameters if p.requires_grad]
+    trained = [p for p in parameters if p.requires_grad]
     if section.name != "muon":
-        return [_adamw([p for _, p in trained], section)]
-    matrices = [p for name, p in trained if p.ndim == 2 and ".layers." in name]
-    rest = [p for name, p in trained if not (p.ndim == 2 and ".layers." in name)]
+        return [_adamw(trained, section)]
+    inside = {id(p) for p in in_blocks if p.ndim == 2}
+    matrices = [p for p in trained if id(p) in inside]
+    rest = [p for p in trained if id(p) not in inside]
+    if not matrices:
+        raise UserError(
+            Mistake(
+                "muon updates the matrices of a model's blocks, and this model has none to train",
+                fix="write `optimizer: adamw`",
+                key="optimizer.name",
+            )
+        )
     muon = Muon(
         matrices,
         lr=section.learning_rate,

@@ -42,6 +42,11 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
+    def wait(self, limit: timedelta) -> None:
+        """Until every worker is here, however long one of them takes within `limit`."""
+        if self.size > 1:
+            dist.barrier(dist.new_group(backend="gloo", timeout=limit))
+
 
 def join_world() -> World:
     """Join the workers that the launcher's environment describes (RANK, WORLD_SIZE, LOCAL_RANK)."""

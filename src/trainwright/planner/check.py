@@ -185,6 +185,15 @@ def check_best(draft: Draft) -> Iterator[Mistake]:
             "write `data.validation: 0.01`, or leave `keep_best` out",
             key="checkpoint.keep_best",
         )
+    save = draft.checkpoint.every
+    evaluate = draft.evaluation.every if draft.evaluation is not None else None
+    if save and evaluate and save % evaluate and evaluate % save:
+        yield Mistake(
+            f"checkpoints every {save} steps and evaluations every {evaluate} rarely meet, and "
+            "only a checkpoint that was evaluated can be the best",
+            f"write `evaluation.every: {save}`",
+            key="checkpoint.keep_best",
+        )
 
 
 def check_installed(draft: Draft) -> Iterator[Mistake]:

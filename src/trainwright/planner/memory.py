@@ -39,16 +39,13 @@ def state_bytes(config: DecoderConfig, optimizer: str, precision: str, dp_shard:
     return int(states + (element * counted.total if precision != "fp32" else 0))
 
 
-def activation_bytes(
-    config: DecoderConfig, precision: str, recompute: Recompute, sequence_length: int, device: str
-) -> float:
+def activation_bytes(config: DecoderConfig, precision: str, recompute: Recompute) -> float:
     """Bytes kept a token between the forward and the backward pass, over all blocks.
 
     Of a block, in elements: inputs and outputs of norms and residual sums 4h, queries and attention
     output 2q, keys and values 2k, gate, its activation, up and their product 4f; an fp32 sum a
     head; another q + k where queries and keys are normalised or split from one matrix, and 2h where
-    there are norms behind each half. Soft-capped attention on a CPU holds its scores as well.
-    `full` keeps each block's input and holds one block whole while it is recomputed; `selective`
+    there are norms behind each half. Attention keeps no scores, on any device. `full` keeps each block's input and holds one block whole while it is recomputed; `selective`
     keeps the outputs of matrix products and attention besides.
     """
     hidden, ffn = config.hidden_size, config.intermediate_size
@@ -63,10 +60,6 @@ def activation_bytes(
     if config.norms == "both":
         elements += 2 * hidden
     whole = element * elements + sums
-    if config.attention_softcap is not None and device == "cpu":
-        # tanh and softmax of every score in fp32, and the weights in the narrow type.
-        narrow = element if precision != "fp32" else 0
-        whole += (8 + narrow) * config.num_heads * sequence_length
     products = element * (3 * hidden + 2 * queries + 2 * key_values + 2 * ffn) + sums
     kept = {"none": whole, "full": element * hidden, "selective": products}[recompute]
     at_once = 0 if recompute == "none" else whole - kept

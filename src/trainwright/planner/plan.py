@@ -108,9 +108,7 @@ class Plan:
         flops = 3 * flops_per_token(config, self.sequence_length) * self.batch_tokens
         tokens = self.micro_batch * self.sequence_length
         states = memory.state_bytes(config, self.optimizer, self.precision, self.dp_shard)
-        activations = tokens * memory.activation_bytes(
-            config, self.precision, self.recompute, self.sequence_length, self.device
-        )
+        activations = tokens * memory.activation_bytes(config, self.precision, self.recompute)
         return [
             ("parameters", f"{parameter_count(config):,}"),
             *rows,
@@ -227,9 +225,7 @@ def _most_rows(
     if config is None or room is None or machine.device_kind == "cpu":
         most = min(_CPU_MOST_ROWS, _MOST_TOKENS // length)
     if config is not None and room is not None:
-        row = length * memory.activation_bytes(
-            config, training.precision, training.recompute, length, machine.device_kind
-        )
+        row = length * memory.activation_bytes(config, training.precision, training.recompute)
         most = min(most, room // row)
     return max(1, int(min(most, recipe.batch_sequences)))
 

@@ -71,18 +71,22 @@ Check = Callable[[Draft], Iterable[Mistake]]
 
 
 def load_recipe(
-    path: str | os.PathLike[str], overrides: Sequence[str] = (), checks: Sequence[Check] = ()
+    path: str | os.PathLike[str],
+    overrides: Sequence[str] = (),
+    checks: Sequence[Check] = (),
+    *,
+    text: str | None = None,
 ) -> Recipe:
     """Read the recipe at `path`, lay `key.path=value` overrides over it and check it.
 
     Relative paths in the file count from the file's folder, those on the command line from the
     current folder, and `run_directory` always from the current folder. `checks` see the sections
-    that are whole even where others are broken.
+    that are whole even where others are broken. `text` is taken instead of what `path` holds.
 
     Raises `UserError` with every mistake found, each with its line.
     """
     path = Path(path)
-    document = parse(_read(path), str(path))
+    document = parse(_read(path) if text is None else text, str(path))
     if document.value is None and not overrides:
         raise UserError(
             Mistake(

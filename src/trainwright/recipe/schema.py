@@ -223,7 +223,7 @@ class Evaluation(Section):
 
     every: Count | None = Field(
         None,
-        description="Steps between evaluations; default a fifth of the run. The last step is "
+        description="Steps between evaluations; default every other checkpoint. The last step is "
         "always evaluated.",
         examples=[100],
     )

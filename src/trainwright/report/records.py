@@ -1,14 +1,14 @@
 """The history of a run: `metrics.jsonl`, one JSON object a line, written while training.
 
-`train.metrics` writes it, reports and resumed runs read it. What is in each record:
+`training.metrics` writes it, reports and resumed runs read it. What is in each record:
 
     start       step, and what the run began with (parameters, total_steps, world_size, ...)
     step        step, loss, learning_rate, gradient_norm, tokens, tokens_total, seconds,
                 tokens_per_second, mfu, memory_bytes, batch_hash
-    evaluation  step, name, loss, bits_per_byte, tokens
+    evaluation  step, name, loss, bits_per_byte, targets
     sample      step, prompt, completion
     checkpoint  step, seconds_stalled, bytes
-    end         step, and how the run ended (status, reason, seconds)
+    end         step, seconds
 
 Every record has `kind` and `time` (seconds since 1970); what is not known is null.
 """

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import nn
 from trainwright.checkpoint.store import CheckpointStore
 from trainwright.parallel.world import join_world, leave_world
 from trainwright.planner.check import recipe_checks
-from trainwright.recipe.load import load_recipe
+from trainwright.recipe.load import dump_recipe, load_recipe
 from trainwright.recipe.schema import Recipe
 from trainwright.report.html import write_report
 from trainwright.rollout.engine import Completion
@@ -25,6 +26,8 @@ from trainwright.training.launch import RunInterrupted, is_launched, launch_work
 from trainwright.training.prepare import prepare_run
 from trainwright.training.run_directory import RunDirectory, default_run_directory, locked, open_run
 from trainwright.training.worker import run_worker
+
+PREPARATION = timedelta(days=7)  # that the other workers wait while the first reads the sources
 
 
 @dataclass(frozen=True)
@@ -50,8 +53,11 @@ def train(
     itself; in a process that torchrun, Slurm or the like started, joins the others instead (and
     returns None on every rank but the first). Raises UserError, RunInterrupted or WorkerFailed.
     """
-    recipe_text = None
-    if not isinstance(recipe, Recipe):
+    if isinstance(recipe, Recipe):
+        # Read like a file in the current folder: overrides, paths and checks are then the same.
+        path, recipe_text = Path.cwd() / "recipe.yaml", dump_recipe(recipe)
+        recipe = load_recipe(path, overrides, recipe_checks, text=recipe_text)
+    else:
         path = Path(recipe)
         recipe = load_recipe(path, overrides, recipe_checks)
         recipe_text = path.read_text()
@@ -78,14 +84,14 @@ def _train_launched(
     world = join_world()
     run = open_run(recipe) if world.is_first else RunDirectory(default_run_directory(recipe))
     with locked(run) if world.is_first else nullcontext():
+        _rewind(run, from_step)  # all together
         if world.is_first:
-            _rewind(run, from_step)
             prepare_run(run, recipe, recipe_text, say)
-        world.gather(None)  # wait for the first worker's preparation
+        world.wait(PREPARATION)
         finished = run_worker(run, world)
         leave_world(world)
         if not finished:
-            raise RunInterrupted
+            raise RunInterrupted(saved=True)
         return finish_run(run) if world.is_first else None
 
 

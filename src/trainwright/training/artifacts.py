@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,14 @@ from trainwright.checkpoint.state import model_state
 from trainwright.checkpoint.store import CheckpointStore
 from trainwright.data.tokenizers import load_tokenizer
 from trainwright.errors import UserError
-from trainwright.models.directory import resolve_model_directory
+from trainwright.models.directory import resolve_model_directory, stop_token_ids
 from trainwright.models.fallback import load_fallback
 from trainwright.models.families import FAMILIES, decoder_config
 from trainwright.models.weights import load_model as load_hugging_face
 from trainwright.models.weights import new_model
 from trainwright.parallel.spread import Model
 from trainwright.training.metrics import read_metrics
-from trainwright.training.prepare import pretrained_directory
+from trainwright.training.prepare import GENERATION, pretrained_directory
 from trainwright.training.run_directory import RunDirectory, find_run
 
 
@@ -89,6 +90,7 @@ def load_run_model(
         assert directory is not None
         model = load_fallback(directory, trust_remote_code=section.trust_remote_code)
     CheckpointStore(run.checkpoints).load(step, model_state(model))
+    model.stop_token_ids = stop_token_ids(hf_config, run.model_config.parent)
     return model.to(device=device, dtype=dtype).eval()
 
 
@@ -108,18 +110,12 @@ def export_run(
     recipe = run.read_recipe()
     step = complete_step(run, step)
     destination = Path(destination) if destination is not None else run.export
-    config = run.read_model_config()
-    tokenizer = load_tokenizer(run.tokenizer)
-    generation = {
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
-    }
+    config, generation = _with_token_ids(run)
     export_checkpoint(
         run.checkpoints,
         step,
         destination,
-        hf_config={**config, **generation},
+        hf_config=config,
         tokenizer_directory=run.tokenizer,
         dtype=dtype or recipe.export.dtype,
         shard_bytes=recipe.export.shard_bytes,
@@ -128,9 +124,27 @@ def export_run(
             name=recipe.name,
             recipe_yaml=(run.recipe if run.recipe.exists() else run.resolved).read_text(),
             metrics=result_figures(run, step),
+            base_model=recipe.model.path,
         ),
     )
     return destination
+
+
+def _with_token_ids(run: RunDirectory) -> tuple[dict[str, Any], dict[str, Any]]:
+    """config.json and generation_config.json: a pretrained model's own, the tokenizer's ids where
+    they name none (a chat model may stop at several tokens, of which the tokenizer knows one).
+    """
+    config = run.read_model_config()
+    beside = run.model_config.with_name(GENERATION)
+    generation = json.loads(beside.read_text()) if beside.is_file() else {}
+    tokenizer = load_tokenizer(run.tokenizer)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        own = getattr(tokenizer, name)
+        if config.get(name) is None and own is not None:
+            config[name] = own
+        if generation.get(name) is None and config.get(name) is not None:
+            generation[name] = config[name]
+    return config, generation
 
 
 def result_figures(run: RunDirectory, step: int) -> dict[str, float | int | str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 
+import torch
 import torch.distributed as dist
 
 from trainwright.checkpoint.state import State, load_training_state, training_tensors
@@ -73,18 +74,21 @@ def build_model(run: RunDirectory, recipe: Recipe, plan: Plan, world: World) -> 
     else:
         assert directory is not None
         model = load_fallback(directory, trust_remote_code=recipe.model.trust_remote_code)
+        model.require(torch.device("cpu"), packing=recipe.data.packing != "none")
     return spread(model, plan, world, fill)
 
 
 def assemble(run: RunDirectory, world: World) -> Assembled:
     """Build this worker's part of the run and take up the newest complete checkpoint."""
     recipe, plan = run.read_recipe(), run.read_plan()
+    torch.set_num_threads(plan.threads)  # a launcher's OMP_NUM_THREADS knows nothing of the plan
     data = open_data(run.path)
     steps = total_steps(recipe, data.train)
     spread_model = build_model(run, recipe, plan, world)
     optimizers = build_optimizers(
-        spread_model.model.named_parameters(),
+        spread_model.model.parameters(),
         recipe.optimizer,
+        in_blocks=[p for block in spread_model.model.blocks for p in block.parameters()],
         muon_dtype=COMPUTE_DTYPES[plan.precision],
         replicas=dist.group.WORLD if world.size > 1 and not spread_model.sharded else None,
     )
@@ -115,13 +119,15 @@ def assemble(run: RunDirectory, world: World) -> Assembled:
     )
     writer, progress = _first_worker_only(run, recipe, plan, world, start, steps)
 
+    save_every = recipe.checkpoint.every or -(-steps // 10)
+
     def state(done: int) -> tuple[State, dict]:
         meta = {"step": done, "loss_scale": step.loss_scale.state(), "world_size": world.size}
         return training_tensors(spread_model.model, optimizers), meta
 
     evaluation = EvaluationHook(
         recipe,
-        recipe.evaluation.every or -(-steps // 5),
+        recipe.evaluation.every or 2 * save_every,  # so that every other checkpoint has a score
         steps,
         data.validation,
         spread_model,
@@ -134,7 +140,7 @@ def assemble(run: RunDirectory, world: World) -> Assembled:
     )
     checkpoints = CheckpointHook(
         store,
-        recipe.checkpoint.every or -(-steps // 10),
+        save_every,
         state,
         lambda: evaluation.newest,
         recipe.checkpoint.asynchronous,

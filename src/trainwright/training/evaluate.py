@@ -57,7 +57,7 @@ def held_out_loss(
             with compute_context(spread, precision, world.device):
                 loss, targets = objective(spread.model, tensors)
             if len(own):
-                total += torch.tensor([float(loss), targets], dtype=torch.float64)
+                total += torch.tensor([float(loss), float(targets)], dtype=torch.float64)
     finally:
         spread.model.train(training)
     loss_sum, targets = world.sum(total).tolist()

@@ -6,6 +6,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict
 
 import torch
@@ -102,28 +103,37 @@ class EvaluationHook:
         if not finished and (done % self.every != 0 or stats.stop_requested):
             return
         results: list[HeldOutLoss] = []
-        with force_eager():  # the blocks were compiled for the training batch's shape
-            for name, batches in self.validation.items():
-                most = None if finished else self.recipe.evaluation.rows
-                result = held_out_loss(
-                    self.spread,
-                    self.objective,
-                    batches,
-                    self.world,
-                    micro_batch=self.plan.micro_batch,
-                    precision=self.plan.precision,
-                    most_rows=most,
-                )
-                results.append(result)
-                record = {"kind": "evaluation", "step": done, "name": name, **asdict(result)}
-                if self.writer is not None and self.progress is not None:
-                    self.writer.write(record)
-                    self.progress.evaluation(record)
+        rows = self.recipe.evaluation.rows
+        for name, batches in self.validation.items():
+            result = self._score(batches, None if finished else rows)
+            record = {"kind": "evaluation", "step": done, "name": name, **asdict(result)}
+            if self.writer is not None and self.progress is not None:
+                self.writer.write(record)
+                self.progress.evaluation(record)
+            if finished and rows is not None and self.recipe.checkpoint.keep_best:
+                result = self._score(batches, rows)  # what earlier checkpoints were scored on
+            results.append(result)
+        with force_eager():
             self._sample(done)
         targets = sum(result.targets for result in results)
         if targets:
             mean = sum(result.loss * result.targets for result in results) / targets
             self.newest = (done, mean)
+
+    def _score(self, batches: Batches, most_rows: int | None) -> HeldOutLoss:
+        # On a CPU, not compiled again for a short last pass. On a GPU the shape is training's,
+        # and packed attention is only a fused kernel when compiled.
+        on_cpu = self.world.device.type == "cpu"
+        with force_eager() if on_cpu else nullcontext():
+            return held_out_loss(
+                self.spread,
+                self.objective,
+                batches,
+                self.world,
+                micro_batch=self.plan.micro_batch,
+                precision=self.plan.precision,
+                most_rows=most_rows,
+            )
 
     def _sample(self, done: int) -> None:
         samples = self.recipe.evaluation.samples

@@ -1,23 +1,30 @@
 """Starting a run's workers on this machine, through torch's elastic agent.
 
-Under torchrun, Slurm, Kubernetes or Ray the workers are there already: `is_launched` sees that,
-and each process joins instead of starting others.
+Under torchrun, or whatever else sets RANK and WORLD_SIZE, the workers are there already:
+`is_launched` sees that, and each process joins instead of starting others.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 import logging
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from trainwright.errors import Mistake, UserError
 from trainwright.files import write_json
 from trainwright.planner.plan import Plan
 
-INTERRUPTED = 143  # exit code of a run that was asked to stop, and saved first
+INTERRUPTED = 143  # exit code of a run that was asked to stop
+INTERRUPTED_MARK = "interrupted"  # a file among the logs of a run that was, and that saved first
+STOP_SECONDS = 600  # that workers have to end their step and save, before they are killed
 
 # glibc hands every large tensor back to the kernel and faults its pages in again the next time:
 # keeping them made training steps 2 to 26 % faster on the CPUs where it was measured.
@@ -25,7 +32,11 @@ MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 36), "MALL
 
 
 class RunInterrupted(Exception):  # noqa: N818
-    """Not an error: the run stopped on request, after saving; the same command continues it."""
+    """Not an error: the run stopped on request; `saved` says whether after saving its last step."""
+
+    def __init__(self, saved: bool) -> None:
+        super().__init__("the run was asked to stop")
+        self.saved = saved
 
 
 class WorkerFailed(Exception):  # noqa: N818
@@ -54,8 +65,9 @@ def launch_workers(run_directory: Path, plan: Plan) -> None:
 
     # The agent's own log repeats a worker's failure at length; `_explain` says it once.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    for file in (run_directory / "logs").glob("error-rank*.json"):
-        file.unlink()
+    logs = run_directory / "logs"
+    for file in [*logs.glob("error-rank*.json"), logs / INTERRUPTED_MARK]:
+        file.unlink(missing_ok=True)
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -67,8 +79,9 @@ def launch_workers(run_directory: Path, plan: Plan) -> None:
         monitor_interval=0.1,
         logs_specs=DefaultLogsSpecs(),
         local_addr="127.0.0.1",
+        **_patience(LaunchConfig),
     )
-    with _environment(worker_environment(plan)):
+    with _environment(worker_environment(plan)), _own_signals():
         try:
             elastic_launch(config, sys.executable)(
                 "-m", "trainwright.training.worker", str(run_directory)
@@ -76,9 +89,11 @@ def launch_workers(run_directory: Path, plan: Plan) -> None:
         except ChildFailedError as error:
             raise _explain(run_directory, error) from error
         except SignalException as error:
-            raise RunInterrupted from error
-    if (run_directory / "logs" / "interrupted").exists():
-        raise RunInterrupted
+            if list(logs.glob("error-rank*.json")):
+                raise _explain(run_directory, error) from error
+            raise RunInterrupted((logs / INTERRUPTED_MARK).exists()) from error
+    if (logs / INTERRUPTED_MARK).exists():
+        raise RunInterrupted(saved=True)
 
 
 def report_failure(logs: Path, rank: int, error: BaseException, traceback_text: str) -> None:
@@ -95,12 +110,51 @@ def _explain(run_directory: Path, error: Exception) -> Exception:
     reports = sorted(
         (run_directory / "logs").glob("error-rank*.json"), key=lambda file: file.stat().st_mtime_ns
     )
+    killed = _first_killed(error)
+    if killed is not None and not (run_directory / "logs" / f"error-rank{killed}.json").exists():
+        return WorkerFailed(
+            f"rank {killed} was killed (SIGKILL), most likely for lack of memory: try a smaller "
+            f"`parallel.micro_batch`, `training.recompute: full` or fewer workers.\nIts log is "
+            f"{run_directory / 'logs' / f'rank{killed}.log'}"
+        )
     if not reports:
-        return WorkerFailed(f"a worker died without a word:\n{error}")
+        return WorkerFailed(
+            f"a worker died without a word; see the logs in {run_directory / 'logs'}\n{error}"
+        )
     first = json.loads(reports[0].read_text())
     if first["mistakes"]:
         return UserError([Mistake(**mistake) for mistake in first["mistakes"]])
     return WorkerFailed(f"rank {first['rank']} failed:\n{first['traceback']}")
+
+
+def _first_killed(error: Exception) -> int | None:
+    """The rank whose death by SIGKILL came before any other failure."""
+    failures = getattr(error, "failures", None)
+    if not failures:
+        return None
+    rank, first = min(failures.items(), key=lambda item: item[1].timestamp)
+    return rank if first.exitcode == -signal.SIGKILL else None
+
+
+def _patience(config: type) -> dict[str, Any]:
+    """Time for workers to save when asked to stop; older torch always gives them 30 s."""
+    known = "shutdown_timeout" in inspect.signature(config).parameters
+    return {"shutdown_timeout": STOP_SECONDS} if known else {}
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Put back the signal handlers that torch's agent replaces and leaves behind."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from trainwright.recipe.presets import model_config
 from trainwright.recipe.schema import ModelSection, Recipe
 from trainwright.training.machine import detect_machine, environment_facts
 from trainwright.training.run_directory import RunDirectory
+
+GENERATION = "generation_config.json"
 
 
 def total_steps(recipe: Recipe, train: Batches) -> int:
@@ -40,6 +43,10 @@ def prepare_run(
     for what cannot be trained.
     """
     run.logs.mkdir(exist_ok=True)
+    if not run.has_trained:
+        # Nothing was learnt here yet: a corrected recipe takes the place of the one before.
+        for file in (run.recipe, run.data):
+            file.unlink(missing_ok=True)
     if recipe_text is not None and not run.recipe.exists():
         write_atomically(run.recipe, recipe_text)
     write_atomically(run.resolved, dump_recipe(recipe))
@@ -54,6 +61,8 @@ def prepare_run(
     for line in _overview(run, recipe, plan, config, data, steps):
         say(line)
     write_json(run.model_config, hf_config)
+    if directory is not None and (directory / GENERATION).is_file():
+        shutil.copyfile(directory / GENERATION, run.model_config.with_name(GENERATION))
     write_atomically(run.plan, plan.to_json())
     write_json(run.environment, environment_facts())
     return plan, data

@@ -9,6 +9,7 @@ checkpoints/      step-00000100/     export/           Hugging Face directory
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 from collections.abc import Iterator
@@ -119,7 +120,7 @@ class RunDirectory:
     @property
     def has_trained(self) -> bool:
         """Whether steps were taken here that another recipe's run must not be mixed with."""
-        return (self.path / METRICS_FILE).exists() or self.checkpoints.exists()
+        return self.exists and ((self.path / METRICS_FILE).exists() or self.checkpoints.exists())
 
 
 def default_run_directory(recipe: Recipe) -> Path:
@@ -136,19 +137,23 @@ def open_run(recipe: Recipe) -> RunDirectory:
     run = RunDirectory(default_run_directory(recipe))
     if run.path.exists() and not run.path.is_dir():
         raise UserError(f"{run.path} is a file", fix="choose another `run_directory`")
-    if run.exists and run.has_trained:
+    if run.has_trained:
         _refuse_another_recipe(run, recipe)
-    elif run.exists:
-        # Nothing was learnt here yet: a corrected recipe takes the place of the one before.
-        for file in (run.recipe, run.data):
-            file.unlink(missing_ok=True)
-    elif run.path.is_dir() and any(child.name != LOCK for child in run.path.iterdir()):
+    elif (
+        not run.exists
+        and run.path.is_dir()
+        and any(child.name != LOCK for child in run.path.iterdir())
+    ):
         raise UserError(
             f"{run.path} holds files, but no run of Trainwright",
             fix="choose another `run_directory`, or empty the folder",
         )
     run.path.mkdir(parents=True, exist_ok=True)
     return run
+
+
+def _holds_files(folder: Path) -> bool:
+    return any(child.name != LOCK for child in folder.iterdir())
 
 
 def _refuse_another_recipe(run: RunDirectory, recipe: Recipe) -> None:
@@ -179,6 +184,9 @@ def locked(run: RunDirectory) -> Iterator[None]:
                 f"{run.path} is being trained by another process",
                 fix="wait for it to end, or choose another `run_directory`",
             ) from error
+        except OSError as error:
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                raise  # what is let through: a file system without locks
         yield
 
 

@@ -12,7 +12,7 @@ from trainwright.models.directory import resolve_model_directory
 from trainwright.objectives.next_token import next_token_loss
 from trainwright.parallel.spread import SpreadModel
 from trainwright.parallel.world import World
-from trainwright.recipe.schema import Source
+from trainwright.recipe.schema import Source, TokenizerSection
 from trainwright.training.artifacts import open_model
 from trainwright.training.evaluate import HeldOutLoss, held_out_loss
 from trainwright.training.run_directory import RunDirectory
@@ -69,4 +69,7 @@ def _data_sets(
         return open_data(run.path).validation
     recipe = run.read_recipe()
     data = recipe.data.model_copy(update={"sequence_length": sequence_length})
-    return prepare_data(recipe.model_copy(update={"data": data})).validation
+    # The tokenizer that the run has: one trained anew from today's sources may differ.
+    section = TokenizerSection(path=str(run.tokenizer))
+    changed = recipe.model_copy(update={"data": data, "tokenizer": section})
+    return prepare_data(changed).validation

@@ -20,7 +20,7 @@ from trainwright.parallel.spread import SpreadModel
 from trainwright.parallel.world import World
 from trainwright.planner.plan import Plan
 
-Objective = Callable[[nn.Module, Mapping[str, Tensor | None]], tuple[Tensor, int]]
+Objective = Callable[[nn.Module, Mapping[str, Tensor | None]], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -146,7 +146,7 @@ class BrokenNumbersError(UserError):
         value = stats.loss if what == "loss" else stats.gradient_norm
         names = list(dict.fromkeys(documents))
         listed = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-        advice = "lower optimizer.learning_rate or lengthen schedule.warmup"
+        advice = "lower optimizer.learning_rate or lengthen schedule.warmup, under another `name`"
         if precision == "fp16":
             advice += ", or use training.precision: bf16"
         self.stats, self.documents = stats, names

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,7 @@ def main() -> None:
     _redirect_output(logs, rank)
 
     from trainwright.errors import UserError
-    from trainwright.training.launch import report_failure
+    from trainwright.training.launch import INTERRUPTED_MARK, report_failure
 
     try:
         from trainwright.parallel.world import join_world, leave_world
@@ -40,23 +41,36 @@ def main() -> None:
         # Not sys.exit: collectives still in flight on other threads must not delay the news.
         os._exit(2 if isinstance(error, UserError) else 1)
     if not finished:
-        (logs / "interrupted").touch()
+        (logs / INTERRUPTED_MARK).touch()
 
 
 def run_worker(run: RunDirectory, world: World) -> bool:
     """Train the run's remaining steps; False if the run was asked to stop before its end."""
+    from trainwright.errors import UserError
     from trainwright.training.assemble import assemble
+    from trainwright.training.launch import INTERRUPTED
 
-    if world.is_first:
-        (run.logs / "interrupted").unlink(missing_ok=True)
     assembled = assemble(run, world)
 
     def request_stop(signum: int, frame: object) -> None:
+        if assembled.trainer.stop_requested:
+            os._exit(INTERRUPTED)  # asked twice: whoever asks does not want to wait
         assembled.trainer.stop_requested = True
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, request_stop)
-    done = assembled.trainer.run()
+    before = {
+        number: signal.signal(number, request_stop)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+        if signal.getsignal(number) != signal.SIG_IGN
+    }
+    try:
+        done = assembled.trainer.run()
+    except UserError:
+        with suppress(UserError):
+            assembled.store.wait()  # a checkpoint under way is a good one
+        raise
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
     assembled.close(done)
     return done == assembled.trainer.total_steps
 
