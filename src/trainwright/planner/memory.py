@@ -45,8 +45,9 @@ def activation_bytes(config: DecoderConfig, precision: str, recompute: Recompute
     Of a block, in elements: inputs and outputs of norms and residual sums 4h, queries and attention
     output 2q, keys and values 2k, gate, its activation, up and their product 4f; an fp32 sum a
     head; another q + k where queries and keys are normalised or split from one matrix, and 2h where
-    there are norms behind each half. Attention keeps no scores, on any device. `full` keeps each block's input and holds one block whole while it is recomputed; `selective`
-    keeps the outputs of matrix products and attention besides.
+    there are norms behind each half. Attention keeps no scores, on any device. `full` keeps each
+    block's input and holds one block whole while it is recomputed; `selective` keeps the outputs
+    of matrix products and attention besides.
     """
     hidden, ffn = config.hidden_size, config.intermediate_size
     queries = config.num_heads * config.head_dim
