@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from trainwright.models.weights import save_model
     from trainwright.recipe.schema import Recipe
     from trainwright.training.api import export, generate, load_model, train
 
@@ -21,10 +22,11 @@ _HOMES = {
     "train": "trainwright.training.api",
     "load_model": "trainwright.training.api",
     "generate": "trainwright.training.api",
+    "save_model": "trainwright.models.weights",
     "export": "trainwright.training.api",
 }
 
-__all__ = ["Recipe", "__version__", "export", "generate", "load_model", "train"]
+__all__ = ["Recipe", "__version__", "export", "generate", "load_model", "save_model", "train"]
 
 
 def __getattr__(name: str) -> Any:

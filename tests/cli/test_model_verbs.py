@@ -72,6 +72,20 @@ def test_the_export_loads_again_here_bit_for_bit(run, exported):
         assert torch.equal(a, b), name
 
 
+def test_a_saved_model_loads_in_transformers_and_saves_again_to_the_same_bytes(run, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = trainwright.load_model(run)
+    (first,) = trainwright.save_model(model, tmp_path / "one")
+    again = trainwright.load_model(tmp_path / "one")
+    (second,) = trainwright.save_model(again, tmp_path / "two")
+    assert first.read_bytes() == second.read_bytes()
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "two")
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        assert (theirs(ids).logits - model(ids)).abs().max() < 1e-5
+
+
 def test_an_earlier_step_is_another_model(run, command, tmp_path):
     command("export", run, tmp_path / "early", "--step", 20, "--dtype", "bf16")
     early = trainwright.load_model(tmp_path / "early")

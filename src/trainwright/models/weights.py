@@ -15,6 +15,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
+from trainwright.files import write_json
 from trainwright.models.decoder import Decoder
 from trainwright.models.directory import (
     read_decoder_config,
@@ -25,7 +26,7 @@ from trainwright.models.directory import (
 from trainwright.models.fallback import FallbackModel, load_fallback
 from trainwright.models.families import FAMILIES, DecoderConfig
 from trainwright.models.norm import RMSNorm
-from trainwright.models.safetensors_files import find_tensors
+from trainwright.models.safetensors_files import find_tensors, save_weights
 
 Slices = tuple[slice, ...]
 
@@ -103,6 +104,22 @@ def load_model(
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """What an export holds of `model`, by Hugging Face's names, each tensor once."""
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+def save_model(
+    model: Decoder | FallbackModel, directory: str | Path, *, shard_bytes: int = 5_000_000_000
+) -> list[Path]:
+    """Write `model` as `load_model` and transformers read it: config.json and safetensors.
+
+    Weights keep their dtype: load → save → load changes no bit. Returns the weight files. Raises
+    UserError where the disk is full. A run's export has tokenizer and model card besides.
+    """
+    hf = dict(model.config.hf if isinstance(model, Decoder) else model.hf)
+    dtype = next(model.parameters()).dtype
+    hf["dtype"] = str(dtype).removeprefix("torch.")
+    files = save_weights(model_tensors(model), directory, shard_bytes=shard_bytes)
+    write_json(Path(directory) / "config.json", hf)
+    return files
 
 
 def _ignored(model: nn.Module) -> Callable[[str], bool]:

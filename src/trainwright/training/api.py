@@ -9,9 +9,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
-
 from trainwright.checkpoint.store import CheckpointStore
 from trainwright.parallel.world import join_world, leave_world
 from trainwright.planner.check import recipe_checks
@@ -21,11 +18,19 @@ from trainwright.report.html import write_report
 from trainwright.rollout.engine import Completion
 from trainwright.rollout.engine import generate as generate_completions
 from trainwright.rollout.sampling import SamplingParams
-from trainwright.training.artifacts import complete_step, export_run, open_model, result_figures
+from trainwright.training.artifacts import (
+    complete_step,
+    export_run,
+    load_model,
+    open_model,
+    result_figures,
+)
 from trainwright.training.launch import RunInterrupted, is_launched, launch_workers
 from trainwright.training.prepare import prepare_run
 from trainwright.training.run_directory import RunDirectory, default_run_directory, locked, open_run
 from trainwright.training.worker import run_worker
+
+__all__ = ["RunResult", "export", "generate", "load_model", "train"]
 
 PREPARATION = timedelta(days=7)  # that the other workers wait while the first reads the sources
 
@@ -50,7 +55,7 @@ def train(
 
     `recipe` is a Recipe or a YAML file, `overrides` are "key.path=value". A run goes on from its
     newest checkpoint, or from `from_step`: newer ones are then set aside. Starts the workers
-    itself; in a process that torchrun, Slurm or the like started, joins the others instead (and
+    itself; in a process that torchrun or the like started, joins the others instead (and
     returns None on every rank but the first). Raises UserError, RunInterrupted or WorkerFailed.
     """
     if isinstance(recipe, Recipe):
@@ -102,18 +107,6 @@ def finish_run(run: RunDirectory) -> RunResult:
     return RunResult(
         run.path, exported, write_report(run.path), result_figures(run, complete_step(run))
     )
-
-
-def load_model(
-    reference: str | Path,
-    *,
-    dtype: torch.dtype = torch.float32,
-    device: str | None = None,
-    trust_remote_code: bool = False,
-) -> nn.Module:
-    """The model at `reference`: a run, a directory in Hugging Face's layout, or a hub id."""
-    opened = open_model(reference, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
-    return opened.model
 
 
 def generate(

@@ -35,32 +35,42 @@ class OpenedModel:
 
 
 def open_model(
+    reference: str | Path, *, step: int | None = None, device: str | torch.device | None = None
+) -> OpenedModel:
+    """The model in fp32 and the tokenizer at `reference`: a run (its newest step, or `step`), a
+    directory in Hugging Face's layout, or a hub id. `device` defaults to CUDA where there is one.
+    """
+    run = RunDirectory(Path(reference))
+    if run.exists:
+        step = complete_step(run, step)
+        tokenizer, origin = run.tokenizer, f"{reference}, step {step}"
+    else:
+        tokenizer, origin = resolve_model_directory(reference), str(reference)
+    return OpenedModel(
+        load_model(reference, step=step, device=device), load_tokenizer(tokenizer), origin
+    )
+
+
+def load_model(
     reference: str | Path,
     *,
     step: int | None = None,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device | None = None,
     trust_remote_code: bool = False,
-) -> OpenedModel:
-    """The model and tokenizer at `reference`: a run (its newest step, or `step`), a directory in
-    Hugging Face's layout, or a hub id. `device` defaults to CUDA where there is one.
-    """
+) -> Model:
+    """The model at `reference` alone, ready for use; arguments as for `open_model`."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     run = RunDirectory(Path(reference))
     if run.exists:
-        step = complete_step(run, step)
-        model = load_run_model(run, step, dtype=dtype, device=device)
-        tokenizer = load_tokenizer(run.tokenizer)
-        return OpenedModel(model, tokenizer, f"{reference}, step {step}")
+        return load_run_model(run, complete_step(run, step), dtype=dtype, device=device)
     if step is not None:
         raise UserError(
             f"{reference} is not a run, so it has no step {step}", fix="leave out --step"
         )
-    directory = resolve_model_directory(reference)
-    model = load_hugging_face(
-        str(directory), dtype=dtype, device=device, trust_remote_code=trust_remote_code
+    return load_hugging_face(
+        reference, dtype=dtype, device=device, trust_remote_code=trust_remote_code
     )
-    return OpenedModel(model.eval(), load_tokenizer(directory), str(reference))
 
 
 def complete_step(run: RunDirectory, step: int | None = None) -> int:

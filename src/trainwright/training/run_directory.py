@@ -139,11 +139,7 @@ def open_run(recipe: Recipe) -> RunDirectory:
         raise UserError(f"{run.path} is a file", fix="choose another `run_directory`")
     if run.has_trained:
         _refuse_another_recipe(run, recipe)
-    elif (
-        not run.exists
-        and run.path.is_dir()
-        and any(child.name != LOCK for child in run.path.iterdir())
-    ):
+    elif not run.exists and run.path.is_dir() and _holds_files(run.path):
         raise UserError(
             f"{run.path} holds files, but no run of Trainwright",
             fix="choose another `run_directory`, or empty the folder",
