@@ -24,7 +24,9 @@ from trainwright.planner.plan import Plan
 
 INTERRUPTED = 143  # exit code of a run that was asked to stop
 INTERRUPTED_MARK = "interrupted"  # a file among the logs of a run that was, and that saved first
-STOP_SECONDS = 600  # that workers have to end their step and save, before they are killed
+# Workers have this long to end their step and save, before they are killed. Not longer: survivors
+# of a failed worker, stuck waiting for it, are ended by the same clock.
+STOP_SECONDS = 60
 
 # glibc hands every large tensor back to the kernel and faults its pages in again the next time:
 # keeping them made training steps 2 to 26 % faster on the CPUs where it was measured.
