@@ -18,13 +18,8 @@ from trainwright.report.html import write_report
 from trainwright.rollout.engine import Completion
 from trainwright.rollout.engine import generate as generate_completions
 from trainwright.rollout.sampling import SamplingParams
-from trainwright.training.artifacts import (
-    complete_step,
-    export_run,
-    load_model,
-    open_model,
-    result_figures,
-)
+from trainwright.training.artifacts import complete_step, load_model, open_model, result_figures
+from trainwright.training.artifacts import export_run as export
 from trainwright.training.launch import RunInterrupted, is_launched, launch_workers
 from trainwright.training.prepare import prepare_run
 from trainwright.training.run_directory import RunDirectory, default_run_directory, locked, open_run
@@ -103,7 +98,7 @@ def _train_launched(
 def finish_run(run: RunDirectory) -> RunResult:
     """Export the last step as the recipe says and write the report."""
     recipe = run.read_recipe()
-    exported = export_run(run) if recipe.export.at_end else None
+    exported = export(run) if recipe.export.at_end else None
     return RunResult(
         run.path, exported, write_report(run.path), result_figures(run, complete_step(run))
     )
@@ -120,14 +115,3 @@ def generate(
     opened = open_model(reference, device=device)
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     return generate_completions(opened.model, opened.tokenizer, prompts, SamplingParams(**sampling))
-
-
-def export(
-    run: str | Path,
-    destination: str | Path | None = None,
-    *,
-    step: int | None = None,
-    dtype: str | None = None,
-) -> Path:
-    """Write a run's model as a Hugging Face directory; see `artifacts.export_run`."""
-    return export_run(run, destination, step=step, dtype=dtype)

@@ -13,6 +13,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trainwright.errors import UserError
+from trainwright.training.launch import INTERRUPTED, INTERRUPTED_MARK, report_failure
+
 if TYPE_CHECKING:
     from trainwright.parallel.world import World
     from trainwright.training.run_directory import RunDirectory
@@ -24,9 +27,7 @@ def main() -> None:
     rank = int(os.environ.get("RANK", "0"))
     _redirect_output(logs, rank)
 
-    from trainwright.errors import UserError
-    from trainwright.training.launch import INTERRUPTED_MARK, report_failure
-
+    # After the redirection: what importing torch has to say belongs in the log.
     try:
         from trainwright.parallel.world import join_world, leave_world
         from trainwright.training.run_directory import RunDirectory
@@ -46,9 +47,7 @@ def main() -> None:
 
 def run_worker(run: RunDirectory, world: World) -> bool:
     """Train the run's remaining steps; False if the run was asked to stop before its end."""
-    from trainwright.errors import UserError
     from trainwright.training.assemble import assemble
-    from trainwright.training.launch import INTERRUPTED
 
     assembled = assemble(run, world)
 
