@@ -6,7 +6,7 @@ Names do not depend on how the work is spread, so a run goes on with any number 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from hashlib import blake2b
 from typing import Any
 
@@ -14,36 +14,46 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from trainwright.checkpoint.parts import Part
 from trainwright.checkpoint.rng import restore_rng, rng_state, seed_everything
 from trainwright.checkpoint.store import CheckpointStore
 from trainwright.errors import Mistake, UserError
+from trainwright.models.pieces import Piece
 
 State = dict[str, Tensor | Part]
 Optimizers = torch.optim.Optimizer | Iterable[torch.optim.Optimizer]
+Modules = nn.Module | Sequence[nn.Module]
+NO_PIECES: Mapping[str, Piece] = {}
 
 # Prefixes that wrapping a module adds to its parameters' names.
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.")
 
 
-def training_tensors(model: nn.Module, optimizers: Optimizers) -> State:
+def training_tensors(
+    model: Modules, optimizers: Optimizers, pieces: Mapping[str, Piece] = NO_PIECES
+) -> State:
     """All that a run needs to go on bit for bit, by name, sharing memory with the live tensors.
 
-    Tied parameters appear once, under their first name. The optimizers' hyperparameters are not
-    in it: they follow from the recipe and the step.
+    `model` is a module, or all the parts of one that this worker has; `pieces` says which of its
+    parameters are parts of larger ones. Tied parameters appear once, under their first name. The
+    optimizers' hyperparameters are not in it: they follow from the recipe and the step.
     """
     generators = {f"{_rng_group()}.{name}": state for name, state in rng_state().items()}
-    return {**model_state(model), **optimizer_state(model, optimizers), **generators}
+    return {
+        **model_state(model, pieces),
+        **optimizer_state(model, optimizers, pieces),
+        **generators,
+    }
 
 
 def load_training_state(
     store: CheckpointStore,
     step: int,
-    model: nn.Module,
+    model: Modules,
     optimizers: Optimizers,
+    pieces: Mapping[str, Piece] = NO_PIECES,
     *,
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -60,23 +70,32 @@ def load_training_state(
         for name, tensor in saved.items()
         if name.startswith(f"{_rng_group()}.")
     }
-    state: State = {**model_state(model), **optimizer_state(model, optimizers), **generators}
+    state: State = {
+        **model_state(model, pieces),
+        **optimizer_state(model, optimizers, pieces),
+        **generators,
+    }
     try:
         meta = store.load(step, state)
     except UserError as error:
         raise UserError([*error.mistakes, *_quantised_otherwise(error, saved)]) from error
+    _settle_copies(model, optimizers)
     # Seeded first: a generator that was not saved (another kind of device) is still determined.
     seed_everything(_seed(seed, step))
     restore_rng({name.rpartition(".")[2]: tensor for name, tensor in generators.items()})
     return meta
 
 
-def model_state(model: nn.Module) -> State:
+def model_state(model: Modules, pieces: Mapping[str, Piece] = NO_PIECES) -> State:
     """`model.<name>` for every parameter and persistent buffer, tied ones once."""
-    return {f"model.{name}": tensor for name, tensor in _named_tensors(model)}
+    return {
+        f"model.{name}": _placed(tensor, pieces.get(name)) for name, tensor in _named_tensors(model)
+    }
 
 
-def optimizer_state(model: nn.Module, optimizers: Optimizers) -> State:
+def optimizer_state(
+    model: Modules, optimizers: Optimizers, pieces: Mapping[str, Piece] = NO_PIECES
+) -> State:
     """`optimizer.<parameter>.<key>` for every state of every parameter.
 
     A state that is itself made of tensors, such as an 8-bit moment, is taken apart:
@@ -86,25 +105,69 @@ def optimizer_state(model: nn.Module, optimizers: Optimizers) -> State:
     state: State = {}
     for optimizer in _as_list(optimizers):
         for parameter, values in optimizer.state.items():
+            if id(parameter) not in names:  # the copy of a tied weight: saved with its original
+                continue
+            parameter_name = names[id(parameter)]
+            piece = pieces.get(parameter_name)
             for key, value in values.items():
-                name = f"optimizer.{names[id(parameter)]}.{key}"
+                name = f"optimizer.{parameter_name}.{key}"
                 if not isinstance(value, Tensor):
                     raise TypeError(f"{name} is no tensor but {type(value).__name__}")
-                state.update(_taken_apart(name, value))
+                if piece is not None and value.shape == parameter.shape:
+                    state[name] = _placed(value, piece)
+                else:
+                    state.update(_taken_apart(name, value))
     return state
 
 
-def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    if isinstance(model, DistributedDataParallel):
-        model = model.module
-    seen: set[int] = set()
-    # FSDP's `state_dict` gives shards also of weights that a forward pass alone has left whole.
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if isinstance(tensor, Tensor) and id(tensor) not in seen:
-            seen.add(id(tensor))
+def _placed(tensor: Tensor, piece: Piece | None) -> Tensor | Part:
+    """A parameter, or a state of its shape, as the part that it is of the whole model's."""
+    if piece is None:
+        return tensor
+    local, offsets = tensor.detach(), piece.offsets
+    if isinstance(local, DTensor):
+        (chunk,) = local.__create_chunk_list__()
+        local = local.to_local()
+        offsets = tuple(a + b for a, b in zip(offsets, chunk.offsets, strict=True))
+    return Part(piece.whole, offsets, local)
+
+
+def _named_tensors(model: Modules) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter and persistent buffer by its name, the first of those that share one."""
+    seen: set[int | str] = set()
+    for module in [model] if isinstance(model, nn.Module) else model:
+        # FSDP's `state_dict` gives shards also of weights that a forward pass has left whole.
+        for name, tensor in module.state_dict(keep_vars=True).items():
             for wrapper in _WRAPPERS:
                 name = name.replace(wrapper, "")
-            yield name, tensor
+            if isinstance(tensor, Tensor) and seen.isdisjoint((id(tensor), name)):
+                seen.update((id(tensor), name))
+                yield name, tensor
+
+
+def _copies(model: Modules) -> Iterator[tuple[Tensor, Tensor]]:
+    """Copies of tied weights in later parts, each with its original."""
+    originals: dict[str, Tensor] = {}
+    for module in [model] if isinstance(model, nn.Module) else model:
+        for name, tensor in module.state_dict(keep_vars=True).items():
+            if isinstance(tensor, Tensor):
+                original = originals.setdefault(name, tensor)
+                if original is not tensor:
+                    yield original, tensor
+
+
+@torch.no_grad()
+def _settle_copies(model: Modules, optimizers: Optimizers) -> None:
+    """Give copies of tied weights what was loaded for their originals."""
+    for original, copy in _copies(model):
+        _local(copy).copy_(_local(original))
+        for optimizer in _as_list(optimizers):
+            for key, value in optimizer.state.get(copy, {}).items():
+                _local(value).copy_(_local(optimizer.state[original][key]))
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _as_list(optimizers: Optimizers) -> list[torch.optim.Optimizer]:
@@ -112,13 +175,14 @@ def _as_list(optimizers: Optimizers) -> list[torch.optim.Optimizer]:
 
 
 def _create_optimizer_state(
-    model: nn.Module, optimizers: Optimizers, saved: Mapping[str, Any]
+    model: Modules, optimizers: Optimizers, saved: Mapping[str, Any]
 ) -> None:
     """Let the optimizers make the states that are to be loaded: one step on zero gradients.
 
     Only they know the layout. What the step does to the parameters, the load undoes.
     """
     names = {id(tensor): name for name, tensor in _named_tensors(model)}
+    names |= {id(copy): names[id(original)] for original, copy in _copies(model)}
     stateful = {
         name.removeprefix("optimizer.").rpartition(".")[0]
         for name in saved

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -43,6 +44,7 @@ def linear_cross_entropy(
     bias: Tensor | None = None,
     scale: float = 1.0,
     softcap: float | None = None,
+    group: dist.ProcessGroup | None = None,
     chunk_rows: int | None = None,
 ) -> Tensor:
     """Sum of −log softmax(scale · (hidden · weightᵀ + bias))[label] over labels that are not -100.
@@ -50,6 +52,11 @@ def linear_cross_entropy(
     hidden [tokens, hidden], weight [vocabulary, hidden], labels [tokens], bias [vocabulary];
     `softcap` c bends logits z into c·tanh(z/c). Products run in autocast's dtype where autocast is
     on, the softmax and the sums in fp32. Returns a scalar in fp32.
+
+    With a `group` the vocabulary is cut evenly over its workers in rank order: `weight` and `bias`
+    are a worker's rows, hidden and labels are equal on all. No worker ever has full logits: three
+    numbers a token are reduced. The loss is then equal on all; the gradient of `hidden` is what
+    the own rows contribute, to be summed by whoever made the hidden states whole.
     """
     if chunk_rows is None:
         budget = max(CHUNK_ELEMENTS, hidden.numel())
@@ -58,7 +65,7 @@ def linear_cross_entropy(
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
     wants = torch.is_grad_enabled()
     return _LinearCrossEntropy.apply(
-        hidden, weight, bias, labels, scale, softcap, chunk_rows, dtype, wants
+        hidden, weight, bias, labels, scale, softcap, group, chunk_rows, dtype, wants
     )
 
 
@@ -72,6 +79,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         labels: Tensor,
         scale: float,
         softcap: float | None,
+        group: dist.ProcessGroup | None,
         chunk_rows: int,
         dtype: torch.dtype,
         wants: bool,
@@ -91,7 +99,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 part = slice(start, start + chunk_rows)
                 inputs = hidden[part].to(dtype)
                 loss, gradient = _chunk(
-                    F.linear(inputs, matrix, offset), labels[part], scale, softcap
+                    F.linear(inputs, matrix, offset), labels[part], scale, softcap, group
                 )
                 total += loss
                 if not (wants_hidden or wants_weight or wants_bias):
@@ -123,12 +131,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if hidden is None else (hidden * gradient).to(hidden.dtype),
             None if weight is None else (weight * gradient).to(weight_dtype),
             None if bias is None else (bias * gradient).to(bias_dtype),
-            *[None] * 6,
+            *[None] * 7,
         )
 
 
 def _chunk(
-    logits: Tensor, labels: Tensor, scale: float, softcap: float | None
+    logits: Tensor,
+    labels: Tensor,
+    scale: float,
+    softcap: float | None,
+    group: dist.ProcessGroup | None,
 ) -> tuple[Tensor, Tensor]:
     """Loss sum of a chunk and its gradient with respect to the raw logits, both fp32."""
     bent = None
@@ -139,14 +151,11 @@ def _chunk(
             logits = softcap * bent
     trained = labels != IGNORED
     targets = labels.where(trained, 0).unsqueeze(-1)
-    gradient = torch.softmax(logits, -1, dtype=torch.float32)
-    # One exponential a logit: log-sum-exp follows from the largest probability, which is at least
-    # 1/vocabulary and so never underflows, where the target's own may.
-    largest, place = gradient.max(-1, keepdim=True)
-    log_sum = logits.gather(-1, place).float() - largest.log()
-    losses = (log_sum - logits.gather(-1, targets).float()).squeeze(-1)
+    if group is None:
+        losses, gradient = _entropy(logits, targets)
+    else:
+        losses, gradient = _shared_entropy(logits, targets, group)
     loss = losses.where(trained, 0.0).sum()
-    gradient.scatter_add_(-1, targets, gradient.new_full(targets.shape, -1.0))
     if bent is not None:
         gradient *= 1.0 - bent * bent
     if scale != 1.0:
@@ -154,3 +163,35 @@ def _chunk(
     if trained.is_cuda or not bool(trained.all()):  # on a GPU, looking would mean waiting
         gradient *= trained.unsqueeze(-1)
     return loss, gradient
+
+
+def _entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Each token's loss, and its gradient; logits [tokens, vocabulary], targets [tokens, 1]."""
+    gradient = torch.softmax(logits, -1, dtype=torch.float32)
+    # One exponential a logit: log-sum-exp follows from the largest probability, which is at least
+    # 1/vocabulary and so never underflows, where the target's own may.
+    largest, place = gradient.max(-1, keepdim=True)
+    log_sum = logits.gather(-1, place).float() - largest.log()
+    losses = (log_sum - logits.gather(-1, targets).float()).squeeze(-1)
+    gradient.scatter_add_(-1, targets, gradient.new_full(targets.shape, -1.0))
+    return losses, gradient
+
+
+def _shared_entropy(
+    logits: Tensor, targets: Tensor, group: dist.ProcessGroup
+) -> tuple[Tensor, Tensor]:
+    """`_entropy` where the vocabulary is cut over `group`: the gradient of the own rows."""
+    rows = logits.shape[-1]
+    logits = logits.float()
+    largest = logits.amax(-1, keepdim=True)
+    dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
+    gradient = (logits - largest).exp_()
+    own = targets - dist.get_rank(group) * rows
+    here = (own >= 0) & (own < rows)
+    own = own.clamp(0, rows - 1)
+    sums = torch.cat([gradient.sum(-1, keepdim=True), logits.gather(-1, own) * here], -1)
+    dist.all_reduce(sums, group=group)
+    total, target = sums.split(1, -1)
+    gradient /= total
+    gradient.scatter_add_(-1, own, -here.to(gradient.dtype))
+    return (largest + total.log() - target).squeeze(-1), gradient

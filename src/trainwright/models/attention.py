@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from torch import Tensor, nn
 
 from trainwright.kernels.attention import Mask, attention
@@ -19,6 +21,8 @@ class Attention(nn.Module):
         self.head_dim = config.head_dim
         self.scale, self.softcap = config.attention_scale, config.attention_softcap
         self.rotates = config.layer_ropes[layer] is not None
+        self.attend: Callable[..., Tensor] = attention  # context parallelism puts its own here
+        self.kv_heads: slice | None = None  # those that this worker's queries read, if not all
         self.widths = [config.num_heads * config.head_dim] + [
             config.num_kv_heads * config.head_dim
         ] * 2
@@ -60,11 +64,13 @@ class Attention(nn.Module):
         if self.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
 
+        if self.kv_heads is not None:
+            k, v = k[:, :, self.kv_heads], v[:, :, self.kv_heads]
         if self.rotates:
             q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if cache is not None:
             k, v = cache.update(k, v)
 
-        mixed = attention(q, k, v, mask=mask, scale=self.scale, softcap=self.softcap)
+        mixed = self.attend(q, k, v, mask=mask, scale=self.scale, softcap=self.softcap)
         return self.o_proj(mixed.transpose(1, 2).flatten(2))

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trainwright.comm.collectives import gather
 from trainwright.kernels.attention import Mask, attention_mask
 from trainwright.models.attention import Attention
 from trainwright.models.cache import KeyValueCache, LayerCache, visible
 from trainwright.models.families import DecoderConfig
 from trainwright.models.mlp import GatedMLP
 from trainwright.models.norm import RMSNorm
+from trainwright.models.pieces import Piece
 from trainwright.models.rope import Rope, document_lengths
 from trainwright.models.rope_spec import RopeSpec
 
@@ -29,16 +32,18 @@ class OutputHead:
     """How hidden states become logits: scale · (hidden · weightᵀ + bias), bent by `softcap`.
 
     weight [vocabulary, hidden], bias [vocabulary] or None; softcap c makes z into c · tanh(z / c).
+    With a `group` the vocabulary is cut over its workers in rank order, and `weight` is a part.
     """
 
     weight: Tensor
     bias: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
+    group: dist.ProcessGroup | None = None
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [..., hidden] to logits [..., vocabulary] in fp32."""
-        logits = F.linear(hidden, self.weight, self.bias).float()
+        """hidden [..., hidden] to logits [..., vocabulary] in fp32, whole on every worker."""
+        logits = gather(F.linear(hidden, self.weight, self.bias).float(), -1, self.group)
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.softcap is not None:
@@ -47,6 +52,50 @@ class OutputHead:
 
 
 HeadFunction = Callable[[Tensor, OutputHead], Any]
+
+
+@dataclass(frozen=True)
+class Span:
+    """Which part of a decoder an object has: one stage of a pipeline, or all of it."""
+
+    first: int  # its layers are first … last - 1
+    last: int
+    embeds: bool = True
+    heads: bool = True
+
+
+class Context(Protocol):
+    """Rows cut into columns over workers; see `parallel.context`."""
+
+    workers: int
+
+    def slots(self, sequence: int, device: torch.device) -> Tensor:
+        """This worker's columns of a row, in the order in which it has them."""
+
+    def mask(
+        self,
+        segments: Tensor | None,
+        *,
+        sequence: int,
+        window: int | None,
+        softcap: float | None,
+        device: torch.device,
+    ) -> Any:
+        """What every layer's `attend` is given as its mask; segments are whole rows'."""
+
+
+class StreamCut(Protocol):
+    """The stream cut over workers between the blocks; see `parallel.tensor`."""
+
+    sequence: bool  # whether it is cut along the sequence, as in training
+
+    group: dist.ProcessGroup | None
+
+    def enter(self, stream: Tensor) -> Tensor:
+        """The stream, whole along the sequence."""
+
+    def own(self, tokens: Tensor) -> Tensor:
+        """This worker's part of what there is for each token [batch, sequence, …]."""
 
 
 # Where a block normalises, by Hugging Face's names: before and after attention, before and after
@@ -101,15 +150,21 @@ class Block(nn.Module):
 class Trunk(nn.Module):
     """Everything but the output head; its parameters' names begin with `model.`."""
 
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, config: DecoderConfig, span: Span) -> None:
         super().__init__()
-        self.config = config
-        self.embed_tokens = nn.Embedding(
-            config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id
+        self.config, self.span = config, span
+        if span.embeds or (span.heads and config.tied_embeddings):
+            self.embed_tokens = nn.Embedding(
+                config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id
+            )
+        self.layers = nn.ModuleDict(
+            {str(layer): Block(config, layer) for layer in range(span.first, span.last)}
         )
-        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps, config.norm_offset)
+        if span.heads:
+            self.norm = RMSNorm(config.hidden_size, config.norm_eps, config.norm_offset)
         self.ropes = {spec: Rope(spec) for spec in config.layer_ropes if spec is not None}
+        self.context: Context | None = None  # rows cut over workers, set by parallel.context
+        self.stream: StreamCut | None = None  # the stream cut over workers, by parallel.tensor
 
     def forward(
         self,
@@ -117,17 +172,33 @@ class Trunk(nn.Module):
         position_ids: Tensor | None,
         segment_ids: Tensor | None,
         cache: KeyValueCache | None,
+        hidden: Tensor | None = None,
     ) -> Tensor:
-        config, tokens, device = self.config, input_ids.shape[1], input_ids.device
+        """The last hidden states, or the stream after the last layer that is here."""
+        config, device = self.config, input_ids.device
+        context = self.context if cache is None else None
+        if self.stream is not None:
+            self.stream.sequence = cache is None
         past = cache.length if cache is not None else 0
+        tokens = input_ids.shape[1] * (context.workers if context is not None else 1)
         if position_ids is None:
             position_ids = torch.arange(past, past + tokens, device=device).unsqueeze(0)
-        hidden = self.embed(input_ids)
+        if hidden is None:
+            hidden = self.embed(input_ids)
         tables = self.rotary_tables(position_ids, segment_ids, hidden.dtype)
         if cache is not None:
             segment_ids = cache.extend(tokens, segment_ids)
         masks = {}
-        for window in set(config.layer_windows):
+        for window in {config.layer_windows[layer] for layer in map(int, self.layers)}:
+            if context is not None:
+                masks[window] = context.mask(
+                    segment_ids,
+                    sequence=tokens,
+                    window=window,
+                    softcap=config.attention_softcap,
+                    device=device,
+                )
+                continue
             keys = visible(past + tokens, tokens, window)
             masks[window] = attention_mask(
                 None if segment_ids is None else segment_ids[:, -keys:],
@@ -137,11 +208,18 @@ class Trunk(nn.Module):
                 softcap=config.attention_softcap,
                 device=device,
             )
-        for index, block in enumerate(self.layers):
-            cos, sin = tables[config.layer_ropes[index]]
-            mask = masks[config.layer_windows[index]]
-            hidden = block(hidden, cos, sin, mask, None if cache is None else cache.layers[index])
-        return self.norm(hidden)
+        if context is not None:
+            slots = context.slots(tokens, device)
+            tables = {spec: (cos[:, slots], sin[:, slots]) for spec, (cos, sin) in tables.items()}
+        for name, block in self.layers.items():
+            layer = int(name)
+            cos, sin = tables[config.layer_ropes[layer]]
+            mask = masks[config.layer_windows[layer]]
+            hidden = block(hidden, cos, sin, mask, None if cache is None else cache.layers[layer])
+        if not self.span.heads:
+            return hidden
+        hidden = self.norm(hidden)
+        return hidden if self.stream is None else self.stream.enter(hidden)
 
     def rotary_tables(
         self, positions: Tensor, segments: Tensor | None, dtype: torch.dtype
@@ -174,20 +252,22 @@ class Decoder(nn.Module):
     # Rotary positions have no end: past the context that it was trained on a model gets worse.
     max_positions: int | None = None
 
-    def __init__(self, config: DecoderConfig) -> None:
+    def __init__(self, config: DecoderConfig, span: Span | None = None) -> None:
         super().__init__()
         self.config = config
+        self.span = span or Span(0, config.num_layers)
         self.vocab_size = config.vocab_size
         self.stop_token_ids: tuple[int, ...] = ()  # tokens that end a text
-        self.model = Trunk(config)
+        self.pieces: dict[str, Piece] = {}  # parameters that are parts of larger ones, by name
+        self.model = Trunk(config, self.span)
         # Tied models have no second matrix, nor a second name for the first.
-        if not config.tied_embeddings:
+        if self.span.heads and not config.tied_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @property
     def blocks(self) -> list[nn.Module]:
         """The layers, each to be recomputed, compiled and sharded by itself."""
-        return list(self.model.layers)
+        return list(self.model.layers.values())
 
     @property
     def refill_lengths(self) -> frozenset[int]:
@@ -207,6 +287,7 @@ class Decoder(nn.Module):
         segment_ids: Tensor | None = None,
         cache: KeyValueCache | None = None,
         head: HeadFunction | None = None,
+        hidden: Tensor | None = None,
     ) -> Any:
         """Logits [batch, sequence, vocabulary] in fp32, or what `head` returns.
 
@@ -215,10 +296,20 @@ class Decoder(nn.Module):
         tokens of its own segment only; -1 is padding; None means one unpadded document a row,
         which is faster. `head` is called as `head(hidden [batch, sequence, hidden], OutputHead)`
         while a sharded head is whole.
+
+        A stage of a pipeline that does not embed is given the stream before it as `hidden`, and
+        one that has no head returns the stream. Where rows are cut over workers, input_ids are
+        this worker's columns, position_ids and segment_ids whole rows.
         """
-        hidden = self.model(input_ids, position_ids, segment_ids, cache)
+        hidden = self.model(input_ids, position_ids, segment_ids, cache, hidden)
+        if not self.span.heads:
+            return hidden
         matrix = self.model.embed_tokens if self.config.tied_embeddings else self.lm_head
         output_head = OutputHead(
-            matrix.weight, None, self.config.logit_multiplier, self.config.logit_softcap
+            matrix.weight,
+            None,
+            self.config.logit_multiplier,
+            self.config.logit_softcap,
+            None if self.model.stream is None else self.model.stream.group,
         )
         return output_head.logits(hidden) if head is None else head(hidden, output_head)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from trainwright.files import write_json
-from trainwright.models.decoder import Decoder
+from trainwright.models.decoder import Decoder, Span
 from trainwright.models.directory import (
     read_decoder_config,
     read_hf_config,
@@ -26,18 +26,21 @@ from trainwright.models.directory import (
 from trainwright.models.fallback import FallbackModel, load_fallback
 from trainwright.models.families import FAMILIES, DecoderConfig
 from trainwright.models.norm import RMSNorm
+from trainwright.models.pieces import Piece
 from trainwright.models.safetensors_files import find_tensors, save_weights
 
 Slices = tuple[slice, ...]
 
 
-def new_model(config: DecoderConfig, *, device: str | torch.device = "cpu") -> Decoder:
-    """A decoder in fp32 without values yet: follow with `initialise` or `load_weights`.
+def new_model(
+    config: DecoderConfig, *, device: str | torch.device = "cpu", span: Span | None = None
+) -> Decoder:
+    """A decoder in fp32, or a stage of one, without values: then `initialise` or `load_weights`.
 
     On "meta" it takes no memory; spread it, `to_empty` it, then fill it.
     """
     with torch.device("meta"):
-        model = Decoder(config)
+        model = Decoder(config, span)
     model.stop_token_ids = stop_token_ids(config.hf)
     return model if torch.device(device).type == "meta" else model.to_empty(device=device)
 
@@ -51,11 +54,12 @@ def initialise(model: Decoder, seed: int) -> None:
     seeded by (seed, name): the values depend neither on the layout nor on the device.
     """
     for name, parameter, rule in _rules(model):
-        whole = torch.empty(parameter.shape, dtype=torch.float32)
+        piece = model.pieces.get(name)
+        whole = torch.empty(piece.whole if piece else parameter.shape, dtype=torch.float32)
         digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest) >> 1)
         rule(whole, generator)
-        _write(parameter, whole.__getitem__)
+        _write(parameter, whole.__getitem__, piece)
 
 
 def load_weights(model: nn.Module, directory: str | Path) -> None:
@@ -66,12 +70,16 @@ def load_weights(model: nn.Module, directory: str | Path) -> None:
     is missing, unexpected or of another shape.
     """
     parameters = dict(model.named_parameters())
-    shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    pieces: dict[str, Piece] = getattr(model, "pieces", {})
+    shapes = {
+        name: pieces[name].whole if name in pieces else tuple(parameter.shape)
+        for name, parameter in parameters.items()
+    }
     # A file is closed before the next is opened, so that no more than one is in memory.
     for file, names in find_tensors(Path(directory), shapes, _ignored(model)).items():
         with safe_open(file, framework="pt") as handle, torch.no_grad():
             for name in names:
-                _write(parameters[name], handle.get_slice(name).__getitem__)
+                _write(parameters[name], handle.get_slice(name).__getitem__, pieces.get(name))
 
 
 def load_model(
@@ -125,9 +133,17 @@ def save_model(
 def _ignored(model: nn.Module) -> Callable[[str], bool]:
     """Tensors that some directories hold beyond the parameters, rightly."""
     tied = isinstance(model, Decoder) and model.config.tied_embeddings
+    elsewhere: set[str] = set()
+    if isinstance(model, Decoder) and model.span != Span(0, model.config.num_layers):
+        with torch.device("meta"):  # a stage's directory holds the other stages' weights too
+            elsewhere = {name for name, _ in Decoder(model.config).named_parameters()}
 
     def ignored(name: str) -> bool:
-        return name.endswith("rotary_emb.inv_freq") or (tied and name == "lm_head.weight")
+        return (
+            name.endswith("rotary_emb.inv_freq")
+            or (tied and name == "lm_head.weight")
+            or name in elsewhere
+        )
 
     return ignored
 
@@ -161,19 +177,29 @@ def _normal(std: float, zero_row: int | None = None) -> Callable[[Tensor, torch.
     return fill
 
 
-def _write(parameter: Tensor, read: Callable[[Slices], Tensor]) -> None:
+def _write(parameter: Tensor, read: Callable[[Slices], Tensor], piece: Piece | None = None) -> None:
     """Copy into `parameter`, or this worker's part of it, what `read` gives for those slices."""
+    offsets = piece.offsets if piece is not None else (0,) * parameter.ndim
+
+    def read_local(slices: Slices) -> Tensor:
+        return read(
+            tuple(
+                slice(part.start + offset, part.stop + offset)
+                for part, offset in zip(slices, offsets, strict=True)
+            )
+        )
+
     whole = tuple(slice(0, size) for size in parameter.shape)
     if not isinstance(parameter, DTensor):
-        parameter.copy_(read(whole))
+        parameter.copy_(read_local(whole))
         return
     local, slices = parameter.to_local(), _local_slices(parameter)
     if slices is not None:
         if local.numel():
-            local.copy_(read(slices))
+            local.copy_(read_local(slices))
         return
     spread = distribute_tensor(
-        read(whole).to(local.device),
+        read_local(whole).to(local.device),
         parameter.device_mesh,
         parameter.placements,
         src_data_rank=None,  # every worker has the whole at hand: nothing is sent

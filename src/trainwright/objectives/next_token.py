@@ -33,6 +33,7 @@ def next_token_loss(model: nn.Module, batch: Mapping[str, Tensor | None]) -> tup
             bias=head.bias,
             scale=head.scale,
             softcap=head.softcap,
+            group=head.group,
         )
 
     loss = model(

@@ -6,7 +6,9 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
-from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy
+
+from trainwright.planner.plan import Plan
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -25,6 +27,13 @@ def sharded_policy(precision: str) -> MixedPrecisionPolicy:
     return MixedPrecisionPolicy(
         param_dtype=COMPUTE_DTYPES[precision], reduce_dtype=torch.float32, cast_forward_inputs=False
     )
+
+
+def offload_policy(plan: Plan, device: torch.device) -> OffloadPolicy:
+    """Where shards rest between their uses: on the host if the plan offloads parameters."""
+    if plan.offload != "parameters":
+        return OffloadPolicy()
+    return CPUOffloadPolicy(pin_memory=device.type == "cuda")
 
 
 class LossScale:

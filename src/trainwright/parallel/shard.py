@@ -1,4 +1,4 @@
-"""Data parallelism: replicas (DDP), shards (FSDP2), and replicas of shards (HSDP).
+"""Sharded data parallelism: ZeRO's three stages and replicas of shards, by FSDP2.
 
 Gradients are summed over workers, never averaged: the trainer has already divided each loss by
 the weight of the whole global batch.
@@ -6,62 +6,77 @@ the weight of the whole global batch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
-import torch
-import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.nn.parallel import DistributedDataParallel
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from trainwright.parallel.mesh import Mesh
+from trainwright.parallel.precision import offload_policy, sharded_policy
+from trainwright.planner.plan import Plan
 
 
-def shard(
-    model: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh, policy: MixedPrecisionPolicy
-) -> None:
-    """Shard `model` in place over `mesh`: 1-D is FSDP2, 2-D [replicate, shard] is HSDP.
+def shard(model: nn.Module, blocks: list[nn.Module], plan: Plan, mesh: Mesh) -> None:
+    """Shard `model` in place, each block a group of its own, over the mesh's `fsdp` workers.
 
-    Each block is gathered when its turn comes; what lies outside the blocks (embeddings, last
-    norm, head) is one group, so that tied weights stay tied.
+    What lies outside the blocks (embeddings, last norm, head) is one group, so that tied weights
+    stay tied. Experts that are cut over ep are sharded over the workers that hold equal ones.
+    The weights gathered for a forward pass stay until its backward pass unless `plan.zero` is 3.
     """
+    options = {
+        "mp_policy": sharded_policy(plan.precision),
+        "offload_policy": offload_policy(plan, mesh.world.device),
+        "reshard_after_forward": plan.zero == 3,
+    }
+    whole = mesh.device_mesh("fsdp")
     for block in blocks:
-        fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            # Plain sums: gloo has no reduction that also multiplies.
-            module.set_force_sum_reduction_for_comms(True)
+        if plan.ep > 1:
+            for experts in expert_modules(block):
+                fully_shard(experts, mesh=mesh.device_mesh("expert_fsdp"), **options)
+        fully_shard(block, mesh=whole, **options)
+    fully_shard(model, mesh=whole, **options)
+    for module in sharded_modules(model):
+        module.set_gradient_divide_factor(1.0)
+        # Plain sums: gloo has no reduction that also multiplies.
+        module.set_force_sum_reduction_for_comms(True)
 
 
-def replicate(model: nn.Module, device: torch.device) -> DistributedDataParallel:
-    """`model` as one of several replicas whose gradients are summed, overlapped with backward."""
-    replica = DistributedDataParallel(
-        model,
-        device_ids=[device] if device.type == "cuda" else None,
-        gradient_as_bucket_view=True,
-    )
-    replica.register_comm_hook(None, _sum_gradients)
-    return replica
+def expert_modules(block: nn.Module) -> list[nn.Module]:
+    """The modules within `block` whose parameters are experts."""
+    return [m for name, m in block.named_modules() if name.rpartition(".")[2] == "experts"]
 
 
-def _sum_gradients(state: object, bucket: dist.GradBucket) -> torch.futures.Future[torch.Tensor]:
-    buffer = bucket.buffer()
-    future = dist.all_reduce(buffer, async_op=True).get_future()
-    return future.then(lambda _: buffer)
+def sharded_modules(model: nn.Module) -> list[FSDPModule]:
+    """Every module of `model` that has a group of shards of its own."""
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
-# DDP looks at a hook's annotations and takes types only, not the strings they are in this file.
-_sum_gradients.__annotations__ = {
-    "bucket": dist.GradBucket,
-    "return": torch.futures.Future[torch.Tensor],
-}
+def set_micro_batch(model: nn.Module, plan: Plan, *, last: bool) -> None:
+    """Before a backward pass: whether it is the last of its step, and what stage of ZeRO follows.
+
+    Stage 1 adds gradients up whole and reduces them once; 2 and 3 reduce every micro-batch's.
+    Stages 1 and 2 gather weights once a step; 3 does for every pass. Replicas of shards are
+    summed once.
+    """
+    for module in sharded_modules(model):
+        module.set_requires_gradient_sync(last or plan.zero > 1, recurse=False)
+        module.set_requires_all_reduce(last, recurse=False)
+        module.set_reshard_after_backward(last or plan.zero == 3, recurse=False)
+        module.set_is_last_backward(last)
 
 
-def synchronise_gradients(module: nn.Module, wanted: bool) -> None:
-    """Whether the next backward pass ends in a reduction: only a step's last micro-batch does."""
-    if isinstance(module, DistributedDataParallel):
-        module.require_backward_grad_sync = wanted
-    elif isinstance(module, FSDPModule):
-        module.set_requires_gradient_sync(wanted)
-        module.set_is_last_backward(wanted)
+def reduce_deferred(model: nn.Module) -> None:
+    """Reduce gradients that were written after their module's backward pass had gone by.
+
+    Deferred weight gradients (`parallel.weight_gradients`) come too late for FSDP's own hooks.
+    """
+    for module in sharded_modules(model):
+        group = module._get_fsdp_state()._fsdp_param_group
+        if group is not None:
+            group.post_backward()
+    root = model._get_fsdp_state()  # type: ignore[operator]
+    root._root_post_backward_final_callback()
+
+
+def release(model: nn.Module) -> None:
+    """Give back gathered weights: the optimizer is about to change the shards."""
+    for module in sharded_modules(model):
+        module.reshard()

@@ -8,9 +8,6 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-
-from trainwright.planner.plan import Plan
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # long enough for a first compile or a slow disk
 
@@ -22,6 +19,7 @@ class World:
     rank: int
     size: int
     device: torch.device
+    timeout: timedelta = COLLECTIVE_TIMEOUT  # of every collective, in any group
 
     @property
     def is_first(self) -> bool:
@@ -69,12 +67,3 @@ def leave_world(world: World) -> None:
     if world.size > 1:
         dist.barrier()
         dist.destroy_process_group()
-
-
-def build_mesh(plan: Plan, world: World) -> DeviceMesh:
-    """The mesh [dp_replicate, dp_shard]; ranks of one shard group are neighbours."""
-    return init_device_mesh(
-        world.device.type,
-        (plan.dp_replicate, plan.dp_shard),
-        mesh_dim_names=("dp_replicate", "dp_shard"),
-    )

@@ -46,32 +46,74 @@ class Machine:
     launched: int = 0  # workers that torchrun or another launcher has started; 0 without one
 
 
+Precision = Literal["fp32", "bf16", "fp16", "float8"]
+ScheduleName = Literal["gpipe", "1f1b", "interleaved", "zero_bubble", "zbv", "dualpipev"]
+ContextMethod = Literal["ring", "all_gather", "ulysses"]
+Offload = Literal["none", "optimizer", "parameters"]
+Recompute = Literal["none", "full", "selective"] | float  # a number: share of the memory kept
+
+
 @dataclass(frozen=True)
 class Plan:
-    """How a run is spread over its workers."""
+    """How a run is spread over its workers.
+
+    The world is a grid of (pp, dp_replicate, dp_shard, cp, tp), tp changing fastest; `ep` is the
+    inner part of dp_shard.
+    """
 
     world_size: int
     dp_replicate: int
     dp_shard: int
-    micro_batch: int  # rows that a worker puts through the model at once
-    accumulation: int  # micro-batches a step on each worker
+    micro_batch: int  # rows that go through a model at once
+    accumulation: int  # micro-batches a step on each of the data ranks
     threads: int  # CPU threads of a worker
-    precision: Literal["fp32", "bf16", "fp16"]
-    recompute: Literal["none", "full", "selective"]
+    precision: Precision
+    recompute: Recompute
     compile: bool
     device: Literal["cpu", "cuda"]
     sequence_length: int
     optimizer: str
+    pp: int = 1
+    cp: int = 1
+    tp: int = 1
+    ep: int = 1
+    zero: int = 0  # what dp_shard cuts: 1 states, 2 gradients too, 3 weights too; 0 without it
+    schedule: ScheduleName = "1f1b"
+    virtual_stages: int = 1  # pipeline stages a worker
+    stage_layers: tuple[int, ...] = ()  # layers of each stage, in the model's order; () without pp
+    cp_method: ContextMethod = "ring"
+    offload: Offload = "none"
+    recompute_by_stage: tuple[Recompute, ...] = ()  # () where all stages do as `recompute` says
+    activation_offload: bool = False
+
+    @property
+    def data_ranks(self) -> int:
+        """Ways in which the rows of a batch are divided."""
+        return self.dp_replicate * self.dp_shard
+
+    @property
+    def stages(self) -> int:
+        """Stages of the pipeline."""
+        return self.pp * self.virtual_stages
 
     @property
     def batch_sequences(self) -> int:
         """Rows in the global batch of one step."""
-        return self.world_size * self.micro_batch * self.accumulation
+        return self.data_ranks * self.micro_batch * self.accumulation
 
     @property
     def batch_tokens(self) -> int:
         """Tokens in the global batch of one step."""
         return self.batch_sequences * self.sequence_length
+
+    def stage_recompute(self, stage: int) -> Recompute:
+        """What a stage recomputes in its backward pass."""
+        return self.recompute_by_stage[stage] if self.recompute_by_stage else self.recompute
+
+    @classmethod
+    def alone(cls, device: Literal["cpu", "cuda"] = "cpu") -> Plan:
+        """One process that has a whole model to itself, in fp32, to evaluate or to generate."""
+        return cls(1, 1, 1, 1, 1, 1, "fp32", "none", False, device, 1, "adamw")
 
     @property
     def hash(self) -> str:
@@ -85,10 +127,16 @@ class Plan:
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
-        """The plan in `text`. Raises `UserError` where it is not one."""
+        """The plan in `text`, one of an older release too. Raises `UserError` where it is none."""
         try:
-            return cls(**json.loads(text))
-        except (ValueError, TypeError) as error:
+            values = json.loads(text)
+            for key in ("stage_layers", "recompute_by_stage"):
+                if key in values:
+                    values[key] = tuple(values[key])
+            # Before there was a choice, sharding was FSDP's.
+            values.setdefault("zero", 3 if values["dp_shard"] > 1 else 0)
+            return cls(**values)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(
                 f"this is not a plan: {error}", fix="start the run anew in another folder"
             ) from None
@@ -161,6 +209,7 @@ def make_plan(
         micro_batch=micro,
         accumulation=rows // micro,
         threads=max(1, machine.cores // local) if threads == "auto" else threads,
+        zero=3 if shard > 1 else 0,
         precision=training.precision,
         recompute=training.recompute,
         compile=_compiles(recipe, machine, config, steps),

@@ -6,12 +6,11 @@ import time
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
 from trainwright.checkpoint.state import State, load_training_state, training_tensors
 from trainwright.checkpoint.store import CheckpointStore
 from trainwright.data.prepare import open_data
-from trainwright.models.decoder import Decoder
+from trainwright.models.decoder import Decoder, Span
 from trainwright.models.fallback import load_fallback
 from trainwright.models.families import FAMILIES, decoder_config
 from trainwright.models.weights import initialise, load_weights, new_model
@@ -62,6 +61,14 @@ def build_model(run: RunDirectory, recipe: Recipe, plan: Plan, world: World) -> 
     hf_config = run.read_model_config()
     directory = pretrained_directory(recipe.model)
 
+    def build(span: Span | None) -> Model:
+        if hf_config["model_type"] in FAMILIES:
+            return new_model(decoder_config(hf_config), device="meta", span=span)
+        assert directory is not None
+        model = load_fallback(directory, trust_remote_code=recipe.model.trust_remote_code)
+        model.require(torch.device("cpu"), packing=recipe.data.packing != "none")
+        return model
+
     def fill(model: Model) -> None:
         if directory is None:
             assert isinstance(model, Decoder)
@@ -69,13 +76,7 @@ def build_model(run: RunDirectory, recipe: Recipe, plan: Plan, world: World) -> 
         else:
             load_weights(model, directory)
 
-    if hf_config["model_type"] in FAMILIES:
-        model: Model = new_model(decoder_config(hf_config), device="meta")
-    else:
-        assert directory is not None
-        model = load_fallback(directory, trust_remote_code=recipe.model.trust_remote_code)
-        model.require(torch.device("cpu"), packing=recipe.data.packing != "none")
-    return spread(model, plan, world, fill)
+    return spread(build, plan, world, fill)
 
 
 def assemble(run: RunDirectory, world: World) -> Assembled:
@@ -86,15 +87,21 @@ def assemble(run: RunDirectory, world: World) -> Assembled:
     steps = total_steps(recipe, data.train)
     spread_model = build_model(run, recipe, plan, world)
     optimizers = build_optimizers(
-        spread_model.model.parameters(),
+        spread_model.trained_parameters(),
         recipe.optimizer,
-        in_blocks=[p for block in spread_model.model.blocks for p in block.parameters()],
+        in_blocks=[
+            p for part in spread_model.parts for block in part.blocks for p in block.parameters()
+        ],
         muon_dtype=COMPUTE_DTYPES[plan.precision],
-        replicas=dist.group.WORLD if world.size > 1 and not spread_model.sharded else None,
+        replicas=None if spread_model.sharded else spread_model.mesh.group("replicas"),
     )
     objective = OBJECTIVES[recipe.objective.kind]
     step = TrainStep(
-        spread_model, optimizers, objective, plan, world, recipe.training.gradient_clip
+        spread_model,
+        optimizers,
+        objective,
+        recipe.training.gradient_clip,
+        seed=recipe.seed,
     )
     store = CheckpointStore(
         run.checkpoints,
@@ -105,14 +112,17 @@ def assemble(run: RunDirectory, world: World) -> Assembled:
     store.claim()
     start = store.latest() or 0
     if start:
-        meta = load_training_state(store, start, spread_model.model, optimizers, seed=recipe.seed)
+        meta = load_training_state(
+            store, start, spread_model.parts, optimizers, spread_model.pieces, seed=recipe.seed
+        )
         step.loss_scale.restore(meta["loss_scale"])
 
-    per_rank = recipe.batch_sequences // world.size
+    per_rank = recipe.batch_sequences // plan.data_ranks
+    first = spread_model.mesh.index("data") * per_rank
     trainer = Trainer(
         recipe=recipe,
         data=data.train,
-        rows=slice(world.rank * per_rank, (world.rank + 1) * per_rank),
+        rows=slice(first, first + per_rank),
         step=step,
         total_steps=steps,
         start=start,
@@ -123,7 +133,10 @@ def assemble(run: RunDirectory, world: World) -> Assembled:
 
     def state(done: int) -> tuple[State, dict]:
         meta = {"step": done, "loss_scale": step.loss_scale.state(), "world_size": world.size}
-        return training_tensors(spread_model.model, optimizers), meta
+        return (
+            training_tensors(spread_model.parts, optimizers, spread_model.pieces),
+            meta,
+        )
 
     evaluation = EvaluationHook(
         recipe,
@@ -132,8 +145,6 @@ def assemble(run: RunDirectory, world: World) -> Assembled:
         data.validation,
         spread_model,
         objective,
-        plan,
-        world,
         data.load_tokenizer,
         writer,
         progress,

@@ -15,15 +15,14 @@ from trainwright.checkpoint.state import State
 from trainwright.checkpoint.store import CheckpointStore
 from trainwright.data.batches import Batches
 from trainwright.parallel.spread import SpreadModel, force_eager
-from trainwright.parallel.world import World
-from trainwright.planner.plan import Plan
 from trainwright.recipe.schema import Recipe
 from trainwright.rollout.engine import generate
 from trainwright.rollout.sampling import SamplingParams
 from trainwright.training.evaluate import HeldOutLoss, held_out_loss
 from trainwright.training.metrics import MetricsWriter
+from trainwright.training.micro_batches import Objective
 from trainwright.training.progress import Progress
-from trainwright.training.step import Objective, StepStats
+from trainwright.training.step import StepStats
 
 
 def peak_memory(device: torch.device) -> int:
@@ -86,15 +85,14 @@ class EvaluationHook:
         validation: dict[str, Batches],
         spread: SpreadModel,
         objective: Objective,
-        plan: Plan,
-        world: World,
         tokenizer: Callable[[], object],
         writer: MetricsWriter | None,
         progress: Progress | None,
     ) -> None:
         self.recipe, self.every, self.total_steps = recipe, every, total_steps
         self.validation, self.spread, self.objective = validation, spread, objective
-        self.plan, self.world, self.tokenizer = plan, world, tokenizer
+        self.plan, self.world = spread.plan, spread.mesh.world
+        self.tokenizer = tokenizer
         self.writer, self.progress = writer, progress
         self.newest: tuple[int, float] | None = None  # step and loss, for `checkpoint.keep_best`
 
@@ -129,16 +127,14 @@ class EvaluationHook:
                 self.spread,
                 self.objective,
                 batches,
-                self.world,
                 micro_batch=self.plan.micro_batch,
-                precision=self.plan.precision,
                 most_rows=most_rows,
             )
 
     def _sample(self, done: int) -> None:
         samples = self.recipe.evaluation.samples
-        # Sharded weights are gathered layer by layer, so all workers must generate together.
-        if not samples.prompts or not (self.spread.sharded or self.world.is_first):
+        # Where no worker has all of the model, all of them generate together.
+        if not samples.prompts or (self.spread.alone and not self.world.is_first):
             return
         params = SamplingParams(
             max_new_tokens=samples.max_new_tokens,

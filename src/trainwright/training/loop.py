@@ -43,7 +43,7 @@ class Trainer:
             rate = learning_rate(
                 index, self.total_steps, self.recipe.optimizer.learning_rate, self.recipe.schedule
             )
-            stats = self.step(batch, rate, self.rows.start, self.stop_requested)
+            stats = self.step(batch, rate, self.rows.start, self.stop_requested, index=index)
             done = index + 1
             last = done == self.total_steps or stats.stop_requested
             seconds = time.perf_counter() - started

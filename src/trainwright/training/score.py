@@ -10,8 +10,7 @@ from trainwright.data.prepare import open_data, prepare_data, prepare_held_out
 from trainwright.errors import UserError
 from trainwright.models.directory import resolve_model_directory
 from trainwright.objectives.next_token import next_token_loss
-from trainwright.parallel.spread import SpreadModel
-from trainwright.parallel.world import World
+from trainwright.parallel.spread import whole_model
 from trainwright.recipe.schema import Source, TokenizerSection
 from trainwright.training.artifacts import open_model
 from trainwright.training.evaluate import HeldOutLoss, held_out_loss
@@ -34,16 +33,13 @@ def score(
     """
     sets = _data_sets(reference, texts, sequence_length)
     opened = open_model(reference, step=step)
-    device = next(opened.model.parameters()).device
-    world, spread = World(0, 1, device), SpreadModel(opened.model, opened.model, sharded=False)
+    spread = whole_model(opened.model, next(opened.model.parameters()).device)
     return {
         name: held_out_loss(
             spread,
             next_token_loss,
             batches,
-            world,
             micro_batch=batch,
-            precision="fp32",
             most_rows=most_rows,
         )
         for name, batches in sets.items()

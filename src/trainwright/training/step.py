@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from trainwright.data.batches import Batch
 from trainwright.errors import Mistake, UserError
-from trainwright.optim.clip import clip_factor, gradient_norm, scale_gradients
+from trainwright.optim.clip import clip_factor, scale_gradients
 from trainwright.optim.optimizers import set_learning_rate
-from trainwright.parallel.precision import LossScale, autocast, is_finite
-from trainwright.parallel.shard import synchronise_gradients
+from trainwright.parallel.precision import LossScale, is_finite
 from trainwright.parallel.spread import SpreadModel
-from trainwright.parallel.world import World
-from trainwright.planner.plan import Plan
-
-Objective = Callable[[nn.Module, Mapping[str, Tensor | None]], tuple[Tensor, Tensor]]
+from trainwright.training.micro_batches import (
+    Objective,
+    counts_losses,
+    counts_rows,
+    to_tensors,
+    train_micro_batches,
+)
 
 
 @dataclass(frozen=True)
@@ -44,28 +44,39 @@ class TrainStep:
         spread: SpreadModel,
         optimizers: Sequence[torch.optim.Optimizer],
         objective: Objective,
-        plan: Plan,
-        world: World,
         gradient_clip: float | None,
+        *,
+        seed: int = 0,
+        dropout: float = 0.0,
     ) -> None:
         self.spread = spread
         self.optimizers = optimizers
         self.objective = objective
-        self.plan = plan
-        self.world = world
+        self.plan, self.world = spread.plan, spread.mesh.world
         self.gradient_clip = gradient_clip
-        self.loss_scale = LossScale(plan.precision)
-        self.parameters = [p for p in spread.model.parameters() if p.requires_grad]
+        self.seed, self.dropout = seed, dropout
+        self.loss_scale = LossScale(spread.plan.precision)
+        self.parameters = spread.trained_parameters()
 
     def __call__(
-        self, batch: Batch, learning_rate: float, first_row: int, stop_requested: bool = False
+        self,
+        batch: Batch,
+        learning_rate: float,
+        first_row: int,
+        stop_requested: bool = False,
+        *,
+        index: int = 0,
     ) -> StepStats:
-        """Train on `batch`, this worker's rows, the first of which is `first_row` of the global."""
+        """Train on `batch`, this worker's rows, the first of which is `first_row` of the global.
+
+        `index` numbers the step, from 0.
+        """
         # One reduction tells every worker three things: how much the global batch weighs, which
-        # batch it is, and whether somebody was asked to stop.
-        shared = self.world.sum(
-            torch.tensor([batch.weight, ordered_hash(batch, first_row), int(stop_requested)])
-        ).tolist()
+        # batch it is, and whether somebody was asked to stop. Workers that share rows say it once.
+        mine = (
+            [batch.weight, ordered_hash(batch, first_row)] if counts_rows(self.spread) else [0, 0]
+        )
+        shared = self.world.sum(torch.tensor([*mine, int(stop_requested)])).tolist()
         weight, batch_hash, stops = shared
         if weight == 0:
             raise UserError(
@@ -73,10 +84,11 @@ class TrainStep:
                 fix="look at it with `trainwright data RECIPE`",
             )
 
-        losses = self._accumulate(batch, weight)
-        loss = self.world.sum(torch.stack(losses).sum().to(torch.float64)) / weight
+        losses = self._accumulate(batch, weight, first_row, index)
+        total = torch.stack(losses).sum().to(torch.float64)
+        loss = self.world.sum(total * counts_losses(self.spread)) / weight
 
-        norm = gradient_norm(self.parameters) / self.loss_scale.value
+        norm = self.spread.gradient_norm() / self.loss_scale.value
         if self.loss_scale.dynamic and not is_finite(norm):
             skipped = True
             self.loss_scale.update(finite=False)
@@ -104,17 +116,17 @@ class TrainStep:
         self._refuse_broken_numbers(stats, losses, batch)
         return stats
 
-    def _accumulate(self, batch: Batch, weight: int) -> list[Tensor]:
-        """Backward over all micro-batches; their loss sums, detached."""
-        losses = []
-        starts = range(0, len(batch.input_ids), self.plan.micro_batch)
-        for start in starts:
-            tensors = to_tensors(batch, start, start + self.plan.micro_batch, self.world.device)
-            synchronise_gradients(self.spread.forward, wanted=start == starts[-1])
-            with compute_context(self.spread, self.plan.precision, self.world.device):
-                loss, _ = self.objective(self.spread.forward, tensors)
-            (loss * (self.loss_scale.value / weight)).backward()
-            losses.append(loss.detach())
+    def _accumulate(self, batch: Batch, weight: int, first_row: int, index: int) -> list[Tensor]:
+        """Gradients of all micro-batches, whole; their loss sums, detached."""
+        rows = self.plan.micro_batch
+        keys = (self.seed, index, first_row) if self.dropout else None
+        micro_batches = [
+            to_tensors(batch, start, start + rows, self.spread, keys)
+            for start in range(0, len(batch.input_ids), rows)
+        ]
+        scale = self.loss_scale.value / weight
+        losses = train_micro_batches(self.spread, self.objective, micro_batches, scale)
+        self.spread.finish_gradients()
         return losses
 
     def _refuse_broken_numbers(
@@ -156,29 +168,6 @@ class BrokenNumbersError(UserError):
                 fix=f"{advice}; the checkpoints saved before are untouched",
             )
         )
-
-
-def compute_context(
-    spread: SpreadModel, precision: str, device: torch.device
-) -> AbstractContextManager:
-    """Autocast for whole weights; sharded weights are narrowed by their own policy."""
-    return autocast("fp32" if spread.sharded else precision, device)
-
-
-def to_tensors(
-    batch: Batch, start: int, stop: int, device: torch.device
-) -> dict[str, Tensor | None]:
-    """Rows `start`…`stop` of `batch` on the device."""
-
-    def move(array: NDArray | None) -> Tensor | None:
-        return None if array is None else torch.from_numpy(array[start:stop]).to(device)
-
-    return {
-        "input_ids": move(batch.input_ids),
-        "labels": move(batch.labels),
-        "position_ids": move(batch.position_ids),
-        "segment_ids": move(batch.segment_ids),
-    }
 
 
 def ordered_hash(batch: Batch, first_row: int) -> int:

@@ -1,0 +1,1 @@
+"""Collectives that one can see and count."""
