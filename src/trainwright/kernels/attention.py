@@ -73,8 +73,9 @@ def attention(
     """softmax(scale · q kᵀ) v, with scores z bent to softcap · tanh(z / softcap) if given.
 
     q [batch, heads, queries, head_dim], k and v [batch, kv_heads, keys, head_dim], each key-value
-    head serving heads / kv_heads query heads in a row. `mask` comes from `attention_mask`; without
-    one the queries are all slots in causal order, or the last slot alone. Returns q's shape.
+    head serving heads / kv_heads query heads in a row; v may have a head_dim of its own. `mask`
+    comes from `attention_mask`; without one the queries are all slots in causal order, or the last
+    slot alone. Returns [batch, heads, queries, v's head_dim].
     """
     grouped = q.shape[1] != k.shape[1]
     if BlockMask is not None and isinstance(mask, BlockMask):
@@ -117,7 +118,7 @@ def attention_reference(
     Shapes as there; segments [batch, keys]. Slow; for tests.
     """
     queries, keys, group = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
-    result = torch.zeros_like(q)
+    result = q.new_zeros(*q.shape[:3], v.shape[3])
     for row in range(q.shape[0]):
         for query in range(queries):
             slot = keys - queries + query
@@ -143,13 +144,14 @@ def _capped_attention(
     batch, heads, queries, dim = q.shape
     q = q.reshape(batch, k.shape[1], -1, queries, dim)
     scores = (q * scale) @ k.unsqueeze(2).transpose(-1, -2)
-    scores = softcap * torch.tanh(scores.float() / softcap)
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    scores = softcap * torch.tanh(scores.to(wide) / softcap)
     if mask is None and queries > 1:
         mask = attention_mask(None, queries=queries, keys=queries, softcap=softcap, device=q.device)
     if mask is not None:
         scores = scores.masked_fill(~mask.unsqueeze(2), -torch.inf)
     weights = torch.softmax(scores, dim=-1).to(v.dtype)
-    return (weights @ v.unsqueeze(2)).reshape(batch, heads, queries, dim)
+    return (weights @ v.unsqueeze(2)).reshape(batch, heads, queries, v.shape[3])
 
 
 def _block_mask(
@@ -167,6 +169,31 @@ def _block_mask(
 
     batch = None if segments is None else segments.shape[0]
     return create_block_mask(visible, batch, None, keys, keys, device=str(device))
+
+
+def slotted_block_mask(
+    query_slots: Tensor, key_slots: Tensor, segments: Tensor | None, window: int | None
+) -> Mask | None:
+    """`attention_mask` for flex attention, of queries and keys in any slots of their rows.
+
+    Slots int64 [queries] and [keys]; segments [batch, sequence] are whole rows'. None where this
+    torch has no flex attention.
+    """
+    if BlockMask is None:
+        return None
+
+    def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        at, behind = query_slots[query], key_slots[key]
+        seen = behind <= at
+        if window is not None:
+            seen = seen & (behind > at - window)
+        if segments is not None:
+            seen = seen & (segments[batch, at] == segments[batch, behind])
+        return seen
+
+    rows = None if segments is None else segments.shape[0]
+    sizes, device = (len(query_slots), len(key_slots)), str(query_slots.device)
+    return create_block_mask(visible, rows, None, *sizes, device=device)
 
 
 def _bend(softcap: float) -> Callable[..., Tensor]:

@@ -87,15 +87,27 @@ class _Dropout(torch.autograd.Function):
 
 def _masked(x: Tensor, keys: Tensor, place: int, probability: float) -> Tensor:
     tokens = _mixed(keys + _signed((place + 1) * GOLDEN))[..., None]
-    channels = torch.arange(x.shape[-1], device=x.device) * _signed(GOLDEN)
     # Two words a token, so that no two tokens of a run share a mask; one word a channel.
     first, second = tokens.to(torch.int32), (tokens >> 32).to(torch.int32)
-    bits = first ^ (_mixed(channels) >> 32).to(torch.int32)
+    bits = first ^ _channel_words(x.shape[-1], x.device)
     bits = bits * _signed(NARROW[0], 32)
     bits = (bits ^ ((bits >> 15) & 0x1FFFF)) + second
     bits = bits * _signed(NARROW[1], 32)
     # The high bits are a product's best, and a comparison reads those.
     return torch.where(bits >= _threshold(probability), x * (1 / (1 - probability)), 0)
+
+
+# An operation of its own, because C++ compilers may take it that products of a loop's index do not
+# overflow: inductor's code for this very line, inlined, wrote past the end of its result.
+@torch.library.custom_op("trainwright::channel_words", mutates_args=())
+def _channel_words(channels: int, device: torch.device) -> Tensor:
+    """One word for each channel, int32 [channels]."""
+    return (_mixed(torch.arange(channels, device=device) * _signed(GOLDEN)) >> 32).to(torch.int32)
+
+
+@_channel_words.register_fake
+def _empty_channel_words(channels: int, device: torch.device) -> Tensor:
+    return torch.empty(channels, dtype=torch.int32, device=device)
 
 
 def _threshold(probability: float) -> int:

@@ -20,7 +20,9 @@ from trainwright.kernels.attention import Mask, attention_mask
 from trainwright.models.attention import Attention
 from trainwright.models.cache import KeyValueCache, LayerCache, visible
 from trainwright.models.families import DecoderConfig
+from trainwright.models.latent_attention import LatentAttention
 from trainwright.models.mlp import GatedMLP
+from trainwright.models.moe import SparseMLP
 from trainwright.models.norm import RMSNorm
 from trainwright.models.pieces import Piece
 from trainwright.models.rope import Rope, document_lengths
@@ -117,8 +119,9 @@ class Block(nn.Module):
 
     def __init__(self, config: DecoderConfig, layer: int) -> None:
         super().__init__()
-        self.self_attn = Attention(config, layer)
-        self.mlp = GatedMLP(config)
+        latent = config.latent is not None
+        self.self_attn = LatentAttention(config) if latent else Attention(config, layer)
+        self.mlp = SparseMLP(config) if config.is_sparse(layer) else GatedMLP(config)
         self.places = NORMS[config.norms]
         for name in filter(None, self.places):
             norm = RMSNorm(config.hidden_size, config.norm_eps, config.norm_offset)

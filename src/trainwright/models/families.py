@@ -12,18 +12,24 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from trainwright.errors import Mistake, UserError
+from trainwright.models.config_values import NULLABLE, value_kind
 from trainwright.models.family_specs import (
     COMMON,
     FAMILIES,
     INERT,
     NO_TOKENS,
-    NULLABLE,
     SIZES,
     Norms,
     turns,
-    value_kind,
 )
 from trainwright.models.rope_spec import RopeSpec, read_rope
+from trainwright.models.sparse_spec import (
+    ExpertsSpec,
+    LatentSpec,
+    latent_scale,
+    read_experts,
+    read_latent,
+)
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "gelu_new", "relu")
@@ -44,7 +50,7 @@ class DecoderConfig:
     num_layers: int
     num_heads: int
     num_kv_heads: int
-    head_dim: int
+    head_dim: int  # of a query; of keys and values too, unless attention is `latent`
     max_positions: int
     tied_embeddings: bool
     layer_windows: tuple[int | None, ...]
@@ -66,12 +72,18 @@ class DecoderConfig:
     residual_multiplier: float
     initializer_range: float
     pad_token_id: int | None
+    experts: ExpertsSpec | None  # in the layers that it names
+    latent: LatentSpec | None  # attention through latent vectors, in all layers
     hf: Mapping[str, Any] = field(compare=False, repr=False)
 
     @property
     def depends_on_length(self) -> bool:
         """Whether any layer's rotary frequencies change with the length of a document."""
         return any(rope is not None and rope.depends_on_length for rope in self.layer_ropes)
+
+    def is_sparse(self, layer: int) -> bool:
+        """Whether the layer's feed-forward network is a mixture of experts."""
+        return self.experts is not None and self.experts.layers[layer]
 
 
 def decoder_config(hf_config: Mapping[str, Any]) -> DecoderConfig:
@@ -136,7 +148,13 @@ class _Reader:
     """Reads one config, gathering every mistake before it gives up."""
 
     def __init__(self, name: str, hf: Mapping[str, Any]) -> None:
-        self.name, self.family, self.hf = name, FAMILIES[name], hf
+        self.name, self.family, self.hf, self.given = name, FAMILIES[name], dict(hf), hf
+        for key, other in self.family.other_names.items():
+            if self.hf.get(key) is None and other in hf:
+                self.hf[key] = hf[other]
+        for key, value in self.family.nothing.items():
+            if key in hf and hf[key] is not False and hf[key] == value:
+                self.hf[key] = None
         self.defaults = {**COMMON, **self.family.defaults}
         self.mistakes: list[Mistake] = []
         self.values = self.typed_values()
@@ -191,8 +209,15 @@ class _Reader:
                 f"is {kv_heads}, which does not divide the {heads} attention heads",
                 f"one of {_divisors(heads)}",
             )
-        head_dim = self.get("head_dim") or max(hidden // heads, 1)
-        must_divide = family.heads_divide_hidden or not self.get("head_dim")
+        latent = read_latent(self.get, self.refuse) if family.latent else None
+        if latent is not None and kv_heads != heads:
+            what = f"is {kv_heads}, but every head of latent attention has keys of its own"
+            self.refuse("num_key_value_heads", what, f"{heads}, or leave it out")
+        if latent is None:
+            head_dim = self.get("head_dim") or max(hidden // heads, 1)
+            must_divide = family.heads_divide_hidden or not self.get("head_dim")
+        else:
+            head_dim, must_divide = latent.plain_dim + latent.rope_dim, False
         if hidden % heads and must_divide and self.sound("num_attention_heads", "hidden_size"):
             self.refuse(
                 "num_attention_heads",
@@ -209,9 +234,15 @@ class _Reader:
             fix = f"a number below {vocab_size}, or null"
             self.refuse("pad_token_id", f"is {pad}, outside the vocabulary of {vocab_size}", fix)
 
+        if self.get("clip_qkv") is not None:
+            self.refuse("clip_qkv", f"is {self.get('clip_qkv')}", "null: nothing is clipped here")
+
         slides, window = self.sliding(layers), self.get("sliding_window")
         bias = bool(self.get("attention_bias", False))
         scale = self.number("query_pre_attn_scalar", head_dim) ** -0.5
+        if latent is not None:
+            rope = self.get("rope_scaling") or self.get("rope_parameters") or {}
+            scale = latent_scale(latent, rope)
         config = DecoderConfig(
             family=self.name,
             vocab_size=vocab_size,
@@ -224,13 +255,13 @@ class _Reader:
             max_positions=self.get("max_position_embeddings"),
             tied_embeddings=bool(self.get("tie_word_embeddings")),
             layer_windows=tuple(window if slide else None for slide in slides),
-            layer_ropes=self.ropes(slides, head_dim),
+            layer_ropes=self.ropes(slides, latent.rope_dim if latent else head_dim),
             norms=family.norms,
             norm_offset=family.norm_offset,
             norm_eps=self.number("rms_norm_eps"),
             qk_norm=family.qk_norm,
             activation=activation,
-            qkv_bias=bias or family.qkv_bias,
+            qkv_bias=bias or family.qkv_bias or bool(self.get("qkv_bias", False)),
             output_bias=bias,
             mlp_bias=bool(self.get("mlp_bias", False)),
             fused_projections=family.fused_projections,
@@ -244,11 +275,20 @@ class _Reader:
             residual_multiplier=self.number("residual_multiplier"),
             initializer_range=self.number("initializer_range"),
             pad_token_id=pad,
-            hf=dict(self.hf),
+            experts=self.experts(layers),
+            latent=latent,
+            hf=dict(self.given),
         )
         if self.mistakes:
             raise UserError(self.mistakes)
         return config
+
+    def experts(self, layers: int) -> ExpertsSpec | None:
+        """The experts, where the family has any and the config gives them a layer."""
+        sparse = self.family.sparse
+        if sparse is None:
+            return None
+        return read_experts(sparse, self.get, layers, self.sound, self.refuse)
 
     def sliding(self, layers: int) -> list[bool]:
         """Which layers see a window only: by `layer_types`, or else the family's own pattern."""
@@ -292,7 +332,7 @@ class _Reader:
     def rope(
         self, key: str, parameters: Mapping[str, Any], head_dim: int, base: str = "rope_theta"
     ) -> RopeSpec | None:
-        known = self.sound("hidden_size", "num_attention_heads", "head_dim")
+        known = self.sound("hidden_size", "num_attention_heads", "head_dim", "qk_rope_head_dim")
         # transformers takes this key for every family where a config has it, declared or not.
         original = self.hf.get("original_max_position_embeddings")
         if not value_kind("original_max_position_embeddings", 1).fits(original):

@@ -6,7 +6,7 @@ Data only, and torch-free; `models.families` reads a config by it.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Norms = Literal["pre", "post", "both"]
@@ -14,75 +14,19 @@ Get = Callable[[str], Any]  # a config's value for a key
 
 
 @dataclass(frozen=True)
-class Kind:
-    """What a config's value may be: `name` says it to the user."""
+class Sparse:
+    """How a family describes its mixture of experts; see `sparse_spec.ExpertsSpec`."""
 
-    name: str
-    fits: Callable[[Any], bool]
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-ANY = Kind("anything", lambda value: True)
-COUNT = Kind("a whole number ≥ 1", lambda value: _is_whole(value) and value >= 1)
-POSITION = Kind("a whole number ≥ 0", lambda value: _is_whole(value) and value >= 0)
-WHOLE = Kind("a whole number", _is_whole)
-NUMBER = Kind("a number above 0", lambda value: _is_number(value) and value > 0)
-SHARE = Kind("a number from 0 to 1", lambda value: _is_number(value) and 0 <= value <= 1)
-FLAG = Kind("true or false", lambda value: isinstance(value, bool))
-LIST = Kind("a list", lambda value: isinstance(value, list | tuple))
-MAPPING = Kind("a mapping", lambda value: isinstance(value, Mapping))
-# Keys whose default does not tell what they may be.
-KINDS = {
-    "attention_dropout": SHARE,
-    "attn_logit_softcapping": NUMBER,
-    "bos_token_id": ANY,
-    "embd_pdrop": SHARE,
-    "eos_token_id": ANY,
-    "final_logit_softcapping": NUMBER,
-    "head_dim": COUNT,
-    "hidden_act": ANY,  # checked against the activations that there are
-    "hidden_activation": ANY,
-    "layer_types": LIST,
-    "max_window_layers": POSITION,
-    "no_rope_layers": LIST,
-    "num_key_value_heads": COUNT,
-    "pad_token_id": WHOLE,
-    "query_pre_attn_scalar": NUMBER,
-    "resid_pdrop": SHARE,
-    "rope_parameters": MAPPING,
-    "rope_scaling": MAPPING,
-    "sliding_window": COUNT,
-    "use_bidirectional_attention": FLAG,
-}
-
-
-# Keys where null says something, rather than leaving the default.
-NULLABLE = frozenset(
-    {
-        "attn_logit_softcapping",
-        "final_logit_softcapping",
-        "head_dim",
-        "num_key_value_heads",
-        "pad_token_id",
-        "sliding_window",
-    }
-)
-
-
-def value_kind(key: str, default: Any) -> Kind:
-    """What the value of a key with that default may be."""
-    if key in KINDS:
-        return KINDS[key]
-    if isinstance(default, bool):
-        return FLAG
-    return COUNT if isinstance(default, int) else NUMBER
+    count: str  # the key of the number of experts
+    width: str  # the key of an expert's width
+    scores: Literal["softmax", "sigmoid"] = "softmax"
+    always_normalised: bool = False  # whatever `norm_topk_prob` says
+    corrected: bool = False
+    shared_width: Callable[[Get], int] = lambda get: 0
+    shared_gate: bool = False
+    dense: Callable[[int, Get], bool] = lambda layer, get: False  # layers without experts
+    module_on_disk: str = "mlp"
+    names_on_disk: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
@@ -105,6 +49,12 @@ class Family:
     # Whether layer i sees a sliding window only, where the config has no `layer_types`.
     slides: Callable[[int, Get], bool] = lambda layer, get: False
     rope_kinds: tuple[str, ...] = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
+    # Keys under which some versions of transformers save another key's value, by that key.
+    other_names: Mapping[str, str] = field(default_factory=dict)
+    # Values that transformers saves where it means null.
+    nothing: Mapping[str, Any] = field(default_factory=dict)
+    sparse: Sparse | None = None
+    latent: bool = False  # multi-head latent attention
 
 
 # Keys without a default: a model's size is never guessed.
@@ -151,6 +101,17 @@ QWEN = {
     "max_window_layers": 28,
     "layer_types": None,
 }
+# Router keys; jitter is noise on the router's input, which like dropout is read past.
+ROUTER = {"output_router_logits": False, "router_aux_loss_coef": 0.001}
+QWEN_MOE = {
+    **ROUTER,
+    "max_position_embeddings": 32_768,
+    "use_sliding_window": False,
+    "sliding_window": 4096,
+    "decoder_sparse_step": 1,
+    "norm_topk_prob": False,
+    "mlp_only_layers": None,
+}
 GEMMA = {
     **BIASES,
     "num_key_value_heads": 4,
@@ -171,6 +132,11 @@ def turns(layer: int, get: Get) -> bool:
     if pattern is not None:
         return layer >= len(pattern) or bool(pattern[layer])
     return (layer + 1) % get("no_rope_layer_interval") != 0
+
+
+def has_plain_network(layer: int, get: Get) -> bool:
+    """Whether layer i has a plain feed-forward network, by Qwen's keys."""
+    return layer in (get("mlp_only_layers") or ()) or (layer + 1) % get("decoder_sparse_step") != 0
 
 
 FAMILIES: dict[str, Family] = {
@@ -277,5 +243,116 @@ FAMILIES: dict[str, Family] = {
             "residual_multiplier": 1.0,
             "attention_multiplier": 1.0,
         },
+    ),
+    "mixtral": Family(
+        "MixtralForCausalLM",
+        {
+            **ROUTER,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131_072,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1_000_000.0,
+            "sliding_window": None,
+            "num_experts_per_tok": 2,
+            "num_local_experts": 8,
+            "router_jitter_noise": 0.0,
+        },
+        slides=lambda layer, get: True,
+        sparse=Sparse(
+            "num_local_experts",
+            "intermediate_size",
+            always_normalised=True,
+            module_on_disk="block_sparse_moe",
+            names_on_disk=("w1", "w3", "w2"),
+        ),
+    ),
+    "qwen2_moe": Family(
+        "Qwen2MoeForCausalLM",
+        {
+            **QWEN_MOE,
+            "num_key_value_heads": 16,
+            "max_window_layers": 28,
+            "layer_types": None,
+            "qkv_bias": True,
+            "moe_intermediate_size": 1408,
+            "shared_expert_intermediate_size": 5632,
+            "num_experts_per_tok": 4,
+            "num_experts": 60,
+        },
+        slides=lambda layer, get: (
+            get("use_sliding_window") and layer % 2 == 0 and layer < get("max_window_layers")
+        ),
+        nothing={"sliding_window": 0},
+        sparse=Sparse(
+            "num_experts",
+            "moe_intermediate_size",
+            shared_width=lambda get: get("shared_expert_intermediate_size"),
+            shared_gate=True,
+            dense=has_plain_network,
+        ),
+    ),
+    "qwen3_moe": Family(
+        "Qwen3MoeForCausalLM",
+        {
+            **QWEN_MOE,
+            **BIASES,
+            "num_key_value_heads": 4,
+            "moe_intermediate_size": 768,
+            "num_experts_per_tok": 8,
+            "num_experts": 128,
+        },
+        qk_norm="head",
+        slides=lambda layer, get: get("use_sliding_window"),
+        other_names={"num_experts": "num_local_experts"},
+        sparse=Sparse("num_experts", "moe_intermediate_size", dense=has_plain_network),
+    ),
+    "olmoe": Family(
+        "OlmoeForCausalLM",
+        {
+            **BIASES,
+            **ROUTER,
+            "router_aux_loss_coef": 0.01,
+            "max_position_embeddings": 4096,
+            "rms_norm_eps": 1e-5,
+            "clip_qkv": None,
+            "num_experts_per_tok": 8,
+            "num_experts": 64,
+            "norm_topk_prob": False,
+            "pad_token_id": 1,
+        },
+        qk_norm="projection",
+        sparse=Sparse("num_experts", "intermediate_size"),
+    ),
+    "deepseek_v3": Family(
+        "DeepseekV3ForCausalLM",
+        {
+            **BIASES,
+            "max_position_embeddings": 4096,
+            "moe_intermediate_size": 2048,
+            "n_shared_experts": 1,
+            "n_routed_experts": 256,
+            "routed_scaling_factor": 2.5,
+            "kv_lora_rank": 512,
+            "q_lora_rank": 1536,
+            "qk_rope_head_dim": 64,
+            "v_head_dim": 128,
+            "qk_nope_head_dim": 128,
+            "n_group": 8,
+            "topk_group": 4,
+            "num_experts_per_tok": 8,
+            "first_k_dense_replace": 3,
+            "norm_topk_prob": True,
+            "rope_interleave": True,
+            "num_nextn_predict_layers": 0,
+        },
+        sparse=Sparse(
+            "n_routed_experts",
+            "moe_intermediate_size",
+            scores="sigmoid",
+            corrected=True,
+            shared_width=lambda get: get("moe_intermediate_size") * get("n_shared_experts"),
+            dense=lambda layer, get: layer < get("first_k_dense_replace"),
+        ),
+        latent=True,
     ),
 }

@@ -21,11 +21,14 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 class GatedMLP(nn.Module):
-    """Hugging Face's `mlp`: `gate_proj` and `up_proj`, or both fused in `gate_up_proj`."""
+    """Hugging Face's `mlp`: `gate_proj` and `up_proj`, or both fused in `gate_up_proj`.
 
-    def __init__(self, config: DecoderConfig) -> None:
+    `width`, the channels inside, is the config's `intermediate_size` unless it is given.
+    """
+
+    def __init__(self, config: DecoderConfig, width: int | None = None) -> None:
         super().__init__()
-        hidden, inner, bias = config.hidden_size, config.intermediate_size, config.mlp_bias
+        hidden, inner, bias = config.hidden_size, width or config.intermediate_size, config.mlp_bias
         self.fused = config.fused_projections
         if self.fused:
             self.gate_up_proj = nn.Linear(hidden, 2 * inner, bias=bias)

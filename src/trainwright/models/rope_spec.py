@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainwright.errors import Mistake
-from trainwright.models.family_specs import LIST, NUMBER
+from trainwright.models.config_values import LIST, NUMBER
 
 # Keys that a kind cannot do without, besides its base.
 REQUIRED: dict[str, tuple[str, ...]] = {

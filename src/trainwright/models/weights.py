@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from trainwright.files import write_json
 from trainwright.models.decoder import Decoder, Span
@@ -23,6 +23,7 @@ from trainwright.models.directory import (
     resolve_model_directory,
     stop_token_ids,
 )
+from trainwright.models.disk_names import is_beyond, is_stacked, names_on_disk
 from trainwright.models.fallback import FallbackModel, load_fallback
 from trainwright.models.families import FAMILIES, DecoderConfig
 from trainwright.models.norm import RMSNorm
@@ -30,6 +31,7 @@ from trainwright.models.pieces import Piece
 from trainwright.models.safetensors_files import find_tensors, save_weights
 
 Slices = tuple[slice, ...]
+Rule = Callable[[Tensor, torch.Generator], object]  # fills a tensor
 
 
 def new_model(
@@ -50,16 +52,31 @@ def initialise(model: Decoder, seed: int) -> None:
     """Fill every parameter of a new model as its family does (transformers' `_init_weights`).
 
     Matrices and embeddings are normal with std `initializer_range`, a padding token's embedding
-    and biases are 0, norms leave their input as it is. Each parameter has a generator of its own,
-    seeded by (seed, name): the values depend neither on the layout nor on the device.
+    and biases are 0, norms leave their input as it is. Each parameter, and each expert of stacked
+    ones, has a generator of its own, seeded by (seed, name): the values depend neither on the
+    layout nor on the device.
     """
-    for name, parameter, rule in _rules(model):
+    for name, tensor, rule in _rules(model):
         piece = model.pieces.get(name)
-        whole = torch.empty(piece.whole if piece else parameter.shape, dtype=torch.float32)
-        digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest) >> 1)
-        rule(whole, generator)
-        _write(parameter, whole.__getitem__, piece)
+        shape = piece.whole if piece else tuple(tensor.shape)
+        if not is_stacked(name):
+            _write(tensor, _drawn(f"{seed}:{name}", shape, rule), piece)
+            continue
+        for expert in range(shape[0]):
+            values = _drawn(f"{seed}:{name}:{expert}", shape[1:], rule)
+            _write(tensor, values, piece, expert)
+
+
+def _drawn(key: str, shape: tuple[int, ...], rule: Rule) -> Callable[[Slices], Tensor]:
+    """Slices of a tensor that `rule` fills, when asked, from a generator that `key` seeds."""
+
+    def draw(slices: Slices) -> Tensor:
+        digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
+        tensor = torch.empty(shape, dtype=torch.float32)
+        rule(tensor, torch.Generator().manual_seed(int.from_bytes(digest) >> 1))
+        return tensor[slices]
+
+    return draw
 
 
 def load_weights(model: nn.Module, directory: str | Path) -> None:
@@ -69,17 +86,23 @@ def load_weights(model: nn.Module, directory: str | Path) -> None:
     dtype. Raises one UserError naming every file that is missing or broken and every tensor that
     is missing, unexpected or of another shape.
     """
-    parameters = dict(model.named_parameters())
+    tensors = dict(_tensors(model))
     pieces: dict[str, Piece] = getattr(model, "pieces", {})
-    shapes = {
-        name: pieces[name].whole if name in pieces else tuple(parameter.shape)
-        for name, parameter in parameters.items()
-    }
+    places: dict[str, tuple[str, int | None]] = {}  # of a tensor in a file
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, tensor in tensors.items():
+        whole = pieces[name].whole if name in pieces else tuple(tensor.shape)
+        for number, on_disk in enumerate(_names_on_disk(model, name)):
+            stacked = is_stacked(name)
+            places[on_disk] = name, number if stacked else None
+            shapes[on_disk] = whole[1:] if stacked else whole
     # A file is closed before the next is opened, so that no more than one is in memory.
     for file, names in find_tensors(Path(directory), shapes, _ignored(model)).items():
         with safe_open(file, framework="pt") as handle, torch.no_grad():
-            for name in names:
-                _write(parameters[name], handle.get_slice(name).__getitem__, pieces.get(name))
+            for on_disk in names:
+                name, expert = places[on_disk]
+                read = handle.get_slice(on_disk).__getitem__
+                _write(tensors[name], read, pieces.get(name), expert)
 
 
 def load_model(
@@ -99,7 +122,9 @@ def load_model(
     hf = read_hf_config(directory)
     model: Decoder | FallbackModel
     if hf.get("model_type") in FAMILIES:
-        model = new_model(read_decoder_config(hf, directory), device="meta").to(dtype)
+        model = new_model(read_decoder_config(hf, directory), device="meta")
+        for parameter in model.parameters():  # and no buffers: a router's biases stay fp32
+            parameter.data = parameter.data.to(dtype)
         model.to_empty(device=device)
         load_weights(model, directory)
     else:
@@ -110,8 +135,12 @@ def load_model(
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """What an export holds of `model`, by Hugging Face's names, each tensor once."""
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+    """What an export holds of `model`, by the names that it has in files, each tensor once."""
+    result = {}
+    for name, tensor in _tensors(model):
+        parts = tensor.detach().unbind() if is_stacked(name) else [tensor.detach()]
+        result.update(zip(_names_on_disk(model, name), parts, strict=True))
+    return result
 
 
 def save_model(
@@ -130,28 +159,47 @@ def save_model(
     return files
 
 
+def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The parameters and persistent buffers of `model` by name, each once."""
+    yield from model.named_parameters()
+    persistent = model.state_dict().keys()
+    for name, buffer in model.named_buffers():
+        if name in persistent:
+            yield name, buffer
+
+
+def _names_on_disk(model: nn.Module, name: str) -> list[str]:
+    return names_on_disk(model.config, name) if isinstance(model, Decoder) else [name]
+
+
 def _ignored(model: nn.Module) -> Callable[[str], bool]:
     """Tensors that some directories hold beyond the parameters, rightly."""
-    tied = isinstance(model, Decoder) and model.config.tied_embeddings
-    elsewhere: set[str] = set()
-    if isinstance(model, Decoder) and model.span != Span(0, model.config.num_layers):
+    if not isinstance(model, Decoder):
+        return lambda name: name.endswith("rotary_emb.inv_freq")
+    config, elsewhere = model.config, set[str]()
+    if model.span != Span(0, config.num_layers):
+        own = {name for name, _ in _tensors(model)}
         with torch.device("meta"):  # a stage's directory holds the other stages' weights too
-            elsewhere = {name for name, _ in Decoder(model.config).named_parameters()}
+            others = [name for name, _ in _tensors(Decoder(config)) if name not in own]
+        elsewhere = {on_disk for name in others for on_disk in names_on_disk(config, name)}
 
     def ignored(name: str) -> bool:
         return (
             name.endswith("rotary_emb.inv_freq")
-            or (tied and name == "lm_head.weight")
+            or (config.tied_embeddings and name == "lm_head.weight")
+            or is_beyond(config, name)
             or name in elsewhere
         )
 
     return ignored
 
 
-def _rules(model: Decoder) -> Iterator[tuple[str, nn.Parameter, Callable[..., object]]]:
-    """Each parameter's name, and what fills a tensor like it from a generator."""
+def _rules(model: Decoder) -> Iterator[tuple[str, Tensor, Rule]]:
+    """Each parameter's or buffer's name, and what fills a tensor like it from a generator."""
     std = model.config.initializer_range
     for prefix, module in model.named_modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            yield f"{prefix}.{name}", buffer, _constant(0.0)
         for name, parameter in module.named_parameters(recurse=False):
             full_name = f"{prefix}.{name}"
             if isinstance(module, RMSNorm):
@@ -164,11 +212,11 @@ def _rules(model: Decoder) -> Iterator[tuple[str, nn.Parameter, Callable[..., ob
                 yield full_name, parameter, _normal(std)
 
 
-def _constant(value: float) -> Callable[[Tensor, torch.Generator], object]:
+def _constant(value: float) -> Rule:
     return lambda tensor, generator: tensor.fill_(value)
 
 
-def _normal(std: float, zero_row: int | None = None) -> Callable[[Tensor, torch.Generator], object]:
+def _normal(std: float, zero_row: int | None = None) -> Rule:
     def fill(tensor: Tensor, generator: torch.Generator) -> None:
         tensor.normal_(0.0, std, generator=generator)
         if zero_row is not None:
@@ -177,47 +225,44 @@ def _normal(std: float, zero_row: int | None = None) -> Callable[[Tensor, torch.
     return fill
 
 
-def _write(parameter: Tensor, read: Callable[[Slices], Tensor], piece: Piece | None = None) -> None:
-    """Copy into `parameter`, or this worker's part of it, what `read` gives for those slices."""
+def _write(
+    parameter: Tensor,
+    read: Callable[[Slices], Tensor],
+    piece: Piece | None = None,
+    expert: int | None = None,
+) -> None:
+    """Copy into `parameter`, or this worker's part of it, what `read` gives for those slices.
+
+    With `expert`, `read` is of that expert alone and fills its place in a stacked parameter; it is
+    not asked for what this worker does not have.
+    """
+    local, bounds = parameter, [(0, size) for size in parameter.shape]
+    if isinstance(parameter, DTensor):
+        local, bounds = parameter.to_local(), _local_bounds(parameter)
+    if local.numel() == 0:
+        return
     offsets = piece.offsets if piece is not None else (0,) * parameter.ndim
-
-    def read_local(slices: Slices) -> Tensor:
-        return read(
-            tuple(
-                slice(part.start + offset, part.stop + offset)
-                for part, offset in zip(slices, offsets, strict=True)
-            )
-        )
-
-    whole = tuple(slice(0, size) for size in parameter.shape)
-    if not isinstance(parameter, DTensor):
-        parameter.copy_(read_local(whole))
-        return
-    local, slices = parameter.to_local(), _local_slices(parameter)
-    if slices is not None:
-        if local.numel():
-            local.copy_(read_local(slices))
-        return
-    spread = distribute_tensor(
-        read_local(whole).to(local.device),
-        parameter.device_mesh,
-        parameter.placements,
-        src_data_rank=None,  # every worker has the whole at hand: nothing is sent
+    slices = tuple(
+        slice(start + offset, stop + offset)
+        for (start, stop), offset in zip(bounds, offsets, strict=True)
     )
-    local.copy_(spread.to_local())
+    if expert is None:
+        local.copy_(read(slices))
+    elif slices[0].start <= expert < slices[0].stop:
+        local[expert - slices[0].start].copy_(read(slices[1:]))
 
 
-def _local_slices(parameter: DTensor) -> Slices | None:
-    """Where this worker's part lies in the whole; None where it is not one block of it."""
+def _local_bounds(parameter: DTensor) -> list[tuple[int, int]]:
+    """Where this worker's part begins and ends in the whole, along each dimension."""
     bounds = [(0, size) for size in parameter.shape]
     mesh = parameter.device_mesh
     for axis, placement in enumerate(parameter.placements):
         if isinstance(placement, Replicate):
             continue
         if type(placement) is not Shard:
-            return None
+            raise TypeError(f"a worker's part under {placement} is not one block of the whole")
         start, stop = bounds[placement.dim]
         chunk = -(-(stop - start) // mesh.size(axis))  # torch.chunk's: ceilings, then what is left
         first = min(start + chunk * mesh.get_local_rank(axis), stop)
         bounds[placement.dim] = (first, min(first + chunk, stop))
-    return tuple(slice(start, stop) for start, stop in bounds)
+    return bounds

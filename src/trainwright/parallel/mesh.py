@@ -71,16 +71,16 @@ class Mesh:
             )
         self._meshes: dict[str, DeviceMesh] = {}
 
-    def _join(self, name: str, groups: Sequence[tuple[int, ...]]) -> dist.ProcessGroup:
-        """Make all these groups, as every worker does in the same order; the own one."""
+    def _join(self, name: str, groups: Sequence[tuple[int, ...]]) -> dist.ProcessGroup | None:
+        """Make all these groups, as every worker does in the same order; the own one, if any."""
         own = None
         for ranks in groups:
             if (name, ranks) not in _groups:
                 _groups[name, ranks] = dist.new_group(list(ranks), timeout=self.world.timeout)
             if self.world.rank in ranks:
                 own = _groups[name, ranks]
-        assert own is not None
-        name_group(own, name)
+        if own is not None:
+            name_group(own, name.partition(" ")[0])
         return own
 
     def _all_ranks(self, axes: Sequence[str]) -> list[tuple[int, ...]]:
@@ -139,7 +139,16 @@ class Mesh:
         own = self._own[name]
         if own is None:
             own = self._join(name, [(rank,) for rank in range(self.world.size)])
+            assert own is not None
         return own
+
+    def pair(self, name: str, first: int, second: int) -> dist.ProcessGroup | None:
+        """The group of the two ranks of this worker's pipeline; None on the others. Collective.
+
+        Its traffic is booked under the first word of `name`.
+        """
+        pairs = [(ranks[first], ranks[second]) for ranks in self._all_ranks(SPANS["pp"])]
+        return self._join(name, pairs)
 
 
 def build_mesh(plan: Plan, world: World) -> Mesh:

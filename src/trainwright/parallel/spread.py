@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,17 +14,16 @@ from trainwright.models.fallback import FallbackModel
 from trainwright.models.pieces import Piece
 from trainwright.parallel.gradients import gradient_norm, sum_partial
 from trainwright.parallel.mesh import Mesh, build_mesh
+from trainwright.parallel.pipeline import Pipeline, PipelinedModel
 from trainwright.parallel.recompute import recompute_block
 from trainwright.parallel.replicas import ReplicaGradients
 from trainwright.parallel.shard import reduce_deferred, release, set_micro_batch, shard
 from trainwright.parallel.tensor import cut_tensors
+from trainwright.parallel.tied import TiedEmbedding
+from trainwright.parallel.weight_gradients import defer_weight_gradients
 from trainwright.parallel.world import World
 from trainwright.planner.plan import Plan
 from trainwright.planner.schedules import placement, splits_backward
-
-if TYPE_CHECKING:
-    from trainwright.parallel.pipeline import Pipeline, PipelinedModel
-    from trainwright.parallel.tied import TiedEmbedding
 
 Model = Decoder | FallbackModel
 Build = Callable[[Span | None], Model]  # a model, or a stage of one, on meta
@@ -62,8 +60,6 @@ class SpreadModel:
         """What generates and is asked about the model: a stage alone could not."""
         if self.pipeline is None:
             return self.parts[0]
-        from trainwright.parallel.pipeline import PipelinedModel
-
         return PipelinedModel(self.parts, self.pipeline)
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -103,7 +99,9 @@ class SpreadModel:
     def before_backward(self, stage: int, *, last: bool) -> None:
         """Before a stage's backward pass; `last` is the last one of the step."""
         if self.sharded:
-            set_micro_batch(self.parts[self.stages.index(stage)], self.plan, last=last)
+            # Deferred weight gradients are reduced when all of them are there.
+            last_here = last and not defers_weight_gradients(self.plan)
+            set_micro_batch(self.parts[self.stages.index(stage)], self.plan, last=last_here)
         if self.replicas is not None and last and self.pipeline is None:
             self.replicas.expect_last()
 
@@ -111,7 +109,8 @@ class SpreadModel:
         """After the last backward pass: whole gradients, equal wherever the weights are."""
         if self.sharded:
             for part in self.parts:
-                if self.pipeline is not None and splits_backward(self.plan.schedule):
+                if defers_weight_gradients(self.plan):
+                    set_micro_batch(part, self.plan, last=True)
                     reduce_deferred(part)
                 release(part)
         if self.replicas is not None:
@@ -126,7 +125,7 @@ class SpreadModel:
 
 
 def spread(build: Build, plan: Plan, world: World, fill: Callable[[Model], None]) -> SpreadModel:
-    """Stages → tensors → experts → context → recompute → compile → shard → materialise → fill.
+    """Stages → experts → tensors → context → recompute → compile → shard → materialise → fill.
 
     `build` makes a stage (None: all of the model) on meta, or a model that holds its weights
     already; `fill` writes the weights of what was on meta, each worker its own part.
@@ -136,17 +135,15 @@ def spread(build: Build, plan: Plan, world: World, fill: Callable[[Model], None]
     parts = [build(span) for span in spans]
     pieces: dict[str, Piece] = {}
     for stage, part in zip(stages, parts, strict=True):
+        if defers_weight_gradients(plan):
+            # First: what else replaces a layer's forward goes around it.
+            defer_weight_gradients(part)
         if isinstance(part, Decoder):
             _cut(part, plan, mesh)
             pieces.update(part.pieces)
         blocks = list(part.blocks)
         for block in blocks:
             _recompute(block, plan, stage)
-        if plan.pp > 1 and splits_backward(plan.schedule):
-            from trainwright.parallel.weight_gradients import defer_weight_gradients
-
-        if plan.pp > 1 and splits_backward(plan.schedule):
-            defer_weight_gradients(part)
         if plan.compile:
             for block in blocks:
                 block.compile()
@@ -155,9 +152,6 @@ def spread(build: Build, plan: Plan, world: World, fill: Callable[[Model], None]
         _materialise(part, plan, world, fill)
     model = SpreadModel(parts, plan, mesh, stages, pieces=pieces)
     if plan.pp > 1:
-        from trainwright.parallel.pipeline import Pipeline
-        from trainwright.parallel.tied import TiedEmbedding
-
         model.pipeline = Pipeline(plan, mesh, world.device)
         model.tied = TiedEmbedding.between(parts, mesh)
     group = mesh.group("replicas")
@@ -182,10 +176,15 @@ def stage_span(plan: Plan, stage: int) -> Span:
     return Span(first, first + plan.stage_layers[stage], stage == 0, stage == last_stage)
 
 
+def defers_weight_gradients(plan: Plan) -> bool:
+    """Whether a pipeline runs whose schedule splits the backward pass."""
+    return plan.pp > 1 and splits_backward(plan.schedule)
+
+
 def whole_model(model: Model, device: torch.device) -> SpreadModel:
     """A model that this process has to itself, for evaluation and generation."""
     world = World(0, 1, device)
-    plan = Plan.alone(device.type)
+    plan = Plan.alone("cuda" if device.type == "cuda" else "cpu")
     return SpreadModel([model], plan, build_mesh(plan, world))
 
 

@@ -22,7 +22,9 @@ from torch import Tensor, nn
 from trainwright.comm.collectives import gather, scatter_sum, sum_backward, sum_forward
 from trainwright.models.attention import Attention
 from trainwright.models.decoder import Block, Decoder
+from trainwright.models.latent_attention import LatentAttention
 from trainwright.models.mlp import GatedMLP
+from trainwright.models.moe import SparseMLP
 from trainwright.models.norm import RMSNorm
 from trainwright.models.pieces import Piece, whole_piece
 
@@ -141,12 +143,40 @@ def cut_gated(
     if leaves:
         _cut_rows(model, f"{prefix}.down_proj", module.down_proj, stream)
     else:
-        cut_parameter(model, f"{prefix}.down_proj.weight", 1, "tp", stream.index, stream.workers)
+        _cut(model, f"{prefix}.down_proj.weight", 1, stream)
+
+
+def _cut_latent(model: Decoder, prefix: str, module: nn.Module, stream: CutStream) -> None:
+    """The heads are cut; the latent vectors that they share are made on every worker."""
+    assert isinstance(module, LatentAttention)
+    queries = "q_proj" if module.latent.query_rank is None else "q_b_proj"
+    for name in (queries, "kv_b_proj"):
+        _cut_columns(model, f"{prefix}.{name}", getattr(module, name), stream)
+    _cut_rows(model, f"{prefix}.o_proj", module.o_proj, stream)
+    _enter_first(module, stream)
+
+
+def _cut_sparse(model: Decoder, prefix: str, module: nn.Module, stream: CutStream) -> None:
+    """Every expert's channels are cut; every worker routes all tokens."""
+    assert isinstance(module, SparseMLP)
+    for name, dim in (("gate_proj", 1), ("up_proj", 1), ("down_proj", 2)):
+        _cut(model, f"{prefix}.experts.{name}", dim, stream)
+    if module.shared_name is not None:
+        shared = getattr(module, module.shared_name)
+        cut_gated(model, f"{prefix}.{module.shared_name}", shared, stream, leaves=False)
+    inner = module.forward
+
+    def forward(x: Tensor) -> Tensor:
+        return stream.leave(inner(stream.enter(x)))
+
+    module.forward = forward
 
 
 CUTTERS: dict[type[nn.Module], Callable[[Decoder, str, Any, CutStream], None]] = {
     Attention: _cut_attention,
+    LatentAttention: _cut_latent,
     GatedMLP: _cut_mlp,
+    SparseMLP: _cut_sparse,
 }
 
 

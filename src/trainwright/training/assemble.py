@@ -21,6 +21,7 @@ from trainwright.parallel.spread import Model, SpreadModel, spread
 from trainwright.parallel.world import World
 from trainwright.planner.plan import Plan
 from trainwright.planner.shapes import flops_per_token, parameter_count
+from trainwright.recipe.schema import Optimizer as OptimizerSection
 from trainwright.recipe.schema import Recipe
 from trainwright.training.calibrate import peak_flops
 from trainwright.training.hooks import CheckpointHook, EvaluationHook, MetricsHook
@@ -86,21 +87,13 @@ def assemble(run: RunDirectory, world: World) -> Assembled:
     data = open_data(run.path)
     steps = total_steps(recipe, data.train)
     spread_model = build_model(run, recipe, plan, world)
-    optimizers = build_optimizers(
-        spread_model.trained_parameters(),
-        recipe.optimizer,
-        in_blocks=[
-            p for part in spread_model.parts for block in part.blocks for p in block.parameters()
-        ],
-        muon_dtype=COMPUTE_DTYPES[plan.precision],
-        replicas=None if spread_model.sharded else spread_model.mesh.group("replicas"),
-    )
+    optimizers = build_all_optimizers(spread_model, recipe.optimizer)
     objective = OBJECTIVES[recipe.objective.kind]
     step = TrainStep(
         spread_model,
         optimizers,
         objective,
-        recipe.training.gradient_clip,
+        recipe.training,
         seed=recipe.seed,
     )
     store = CheckpointStore(
@@ -170,6 +163,21 @@ def assemble(run: RunDirectory, world: World) -> Assembled:
         hooks.insert(0, metrics)
     trainer.hooks = hooks
     return Assembled(trainer, store, writer, progress, time.time())
+
+
+def build_all_optimizers(
+    spread_model: SpreadModel, section: OptimizerSection
+) -> list[torch.optim.Optimizer]:
+    """Optimizers over all that this worker has of the model and trains."""
+    return build_optimizers(
+        spread_model.trained_parameters(),
+        section,
+        in_blocks=[
+            p for part in spread_model.parts for block in part.blocks for p in block.parameters()
+        ],
+        muon_dtype=COMPUTE_DTYPES[spread_model.plan.precision],
+        replicas=None if spread_model.sharded else spread_model.mesh.group("replicas"),
+    )
 
 
 def _full_speed(run: RunDirectory, plan: Plan, world: World) -> float | None:

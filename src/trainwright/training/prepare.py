@@ -13,7 +13,9 @@ from trainwright.data.prepare import PreparedData, prepare_data
 from trainwright.files import write_atomically, write_json
 from trainwright.models.directory import resolve_model_directory
 from trainwright.models.families import FAMILIES, DecoderConfig, decoder_config, new_hf_config
-from trainwright.planner.plan import Plan, make_plan
+from trainwright.planner.explain import explain_plan
+from trainwright.planner.make import make_plan
+from trainwright.planner.plan import Plan
 from trainwright.recipe.load import dump_recipe
 from trainwright.recipe.presets import model_config
 from trainwright.recipe.schema import ModelSection, Recipe
@@ -57,7 +59,7 @@ def prepare_run(
     hf_config = choose_model_config(recipe, directory, data.vocabulary)
     config = decoder_config(hf_config) if hf_config["model_type"] in FAMILIES else None
     steps = total_steps(recipe, data.train)
-    plan = make_plan(recipe, detect_machine(), config, steps)
+    plan = make_plan(recipe, detect_machine(), config, steps, native=config is not None)
     for line in _overview(run, recipe, plan, config, data, steps):
         say(line)
     write_json(run.model_config, hf_config)
@@ -87,7 +89,7 @@ def _overview(
         ("held out", f"{held_out:,} documents"),
         ("vocabulary", f"{data.vocabulary:,}"),
         ("steps", f"{steps:,} ({epochs:.2g} epochs)"),
-        *plan.explain(config),
+        *explain_plan(plan, config),
     ]
     return (f"  {name:<15}{value}" for name, value in rows)
 

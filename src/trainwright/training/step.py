@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +14,7 @@ from trainwright.optim.clip import clip_factor, scale_gradients
 from trainwright.optim.optimizers import set_learning_rate
 from trainwright.parallel.precision import LossScale, is_finite
 from trainwright.parallel.spread import SpreadModel
+from trainwright.recipe.schema import Training
 from trainwright.training.micro_batches import (
     Objective,
     counts_losses,
@@ -44,19 +45,20 @@ class TrainStep:
         spread: SpreadModel,
         optimizers: Sequence[torch.optim.Optimizer],
         objective: Objective,
-        gradient_clip: float | None,
+        training: Training,
         *,
-        seed: int = 0,
-        dropout: float = 0.0,
+        seed: int,
     ) -> None:
         self.spread = spread
         self.optimizers = optimizers
         self.objective = objective
         self.plan, self.world = spread.plan, spread.mesh.world
-        self.gradient_clip = gradient_clip
-        self.seed, self.dropout = seed, dropout
+        self.gradient_clip, self.dropout = training.gradient_clip, training.dropout
+        self.seed = seed
         self.loss_scale = LossScale(spread.plan.precision)
         self.parameters = spread.trained_parameters()
+        # Called with whole gradients in place, before they are clipped.
+        self.gradients_ready: Callable[[], None] | None = None
 
     def __call__(
         self,
@@ -88,6 +90,8 @@ class TrainStep:
         total = torch.stack(losses).sum().to(torch.float64)
         loss = self.world.sum(total * counts_losses(self.spread)) / weight
 
+        if self.gradients_ready is not None:
+            self.gradients_ready()
         norm = self.spread.gradient_norm() / self.loss_scale.value
         if self.loss_scale.dynamic and not is_finite(norm):
             skipped = True

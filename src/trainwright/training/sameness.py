@@ -1,0 +1,223 @@
+"""Proof of sameness: a plan's losses and gradients against those of one process.
+
+A small model of the recipe's family trains a few steps on made-up documents, once in one process
+and once spread as a plan says, in fp32. Every step's loss and every parameter's whole gradient
+(clipped by nothing, but before the update) are compared.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from trainwright.data.batches import IGNORED, Batch
+from trainwright.files import write_json
+from trainwright.models.decoder import Span
+from trainwright.models.families import decoder_config
+from trainwright.models.weights import initialise, new_model
+from trainwright.objectives.next_token import next_token_loss
+from trainwright.parallel.gradients import copies, local
+from trainwright.parallel.spread import Model, SpreadModel, spread
+from trainwright.parallel.world import World
+from trainwright.planner.plan import Plan
+from trainwright.recipe.schema import Recipe
+from trainwright.training.assemble import build_all_optimizers
+from trainwright.training.step import TrainStep
+
+STEPS, ROWS = 5, 16
+LOSS_LIMIT, GRADIENT_LIMIT = 1e-5, 1e-4  # relative; fp32 sums in another order stay below
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How far a plan was from one process. `name` is the parameter whose gradient was furthest."""
+
+    plan: Plan
+    loss: float  # largest relative difference of a step's loss
+    gradient: float  # largest, over steps and parameters, of |difference| / |gradient|
+    name: str
+    norm: float  # largest relative difference of the global gradient norm
+    error: str = ""  # what went wrong, where the plan did not run at all
+
+    @property
+    def passed(self) -> bool:
+        """Whether all differences are within fp32's rounding."""
+        within = self.loss <= LOSS_LIMIT and self.gradient <= GRADIENT_LIMIT
+        return not self.error and within and self.norm <= LOSS_LIMIT
+
+
+def made_batch(step: int, *, rows: int, sequence: int, vocabulary: int, seed: int) -> Batch:
+    """A batch of made-up packed documents of uneven lengths, some padded, as `Batches` gives them."""
+    rng = np.random.default_rng([seed, step])
+    input_ids = rng.integers(1, vocabulary, (rows, sequence))
+    labels = np.full((rows, sequence), IGNORED, dtype=np.int64)
+    positions = np.zeros((rows, sequence), dtype=np.int64)
+    segments = np.full((rows, sequence), -1, dtype=np.int32)
+    for row in range(rows):
+        start, number = 0, 0
+        used = sequence if row % 4 else sequence - int(rng.integers(0, sequence // 4))
+        while start < used:
+            length = min(int(rng.integers(3, sequence)), used - start)
+            span = slice(start, start + length)
+            positions[row, span] = np.arange(length)
+            segments[row, span] = number
+            labels[row, start : start + length - 1] = input_ids[row, start + 1 : start + length]
+            start, number = start + length, number + 1
+        input_ids[row, used:] = 0
+    return Batch(input_ids, labels, positions, segments, (("made up",),) * rows)
+
+
+def run_steps(
+    recipe: Recipe, hf_config: Mapping[str, Any], plan: Plan, world: World, steps: int = STEPS
+) -> tuple[list[float], list[float], SpreadModel, list[dict[str, Tensor]]]:
+    """Train on made-up batches: losses, norms, the model, and each step's gradients (local)."""
+    config = decoder_config(hf_config)
+
+    def build(span: Span | None) -> Model:
+        return new_model(config, device="meta", span=span)
+
+    def fill(model: Model) -> None:
+        initialise(model, recipe.seed)  # type: ignore[arg-type]
+
+    model = spread(build, plan, world, fill)
+    optimizers = build_all_optimizers(model, recipe.optimizer)
+    step = TrainStep(model, optimizers, next_token_loss, recipe.training, seed=recipe.seed)
+    gradients: list[dict[str, Tensor]] = []
+
+    def keep_gradients() -> None:
+        gradients.append(
+            {
+                name: local(parameter.grad).detach().clone()
+                for name, parameter in model.unique_parameters()
+                if parameter.grad is not None
+            }
+        )
+
+    step.gradients_ready = keep_gradients
+    own = ROWS // plan.data_ranks
+    first = model.mesh.index("data") * own
+    losses, norms = [], []
+    for index in range(steps):
+        whole = made_batch(
+            index,
+            rows=ROWS,
+            sequence=plan.sequence_length,
+            vocabulary=config.vocab_size,
+            seed=recipe.seed,
+        )
+        rate = recipe.optimizer.learning_rate
+        stats = step(rows_of(whole, slice(first, first + own)), rate, first, index=index)
+        losses.append(stats.loss)
+        norms.append(stats.gradient_norm)
+    return losses, norms, model, gradients
+
+
+def rows_of(batch: Batch, rows: slice) -> Batch:
+    """Some rows of a batch."""
+    segments = batch.segment_ids
+    return Batch(
+        batch.input_ids[rows],
+        batch.labels[rows],
+        batch.position_ids[rows],
+        None if segments is None else segments[rows],
+        batch.documents[rows],
+    )
+
+
+def write_reference(
+    folder: Path, recipe: Recipe, hf_config: Mapping[str, Any], sequence: int, steps: int = STEPS
+) -> None:
+    """Train in this process alone; its losses, norms and gradients as files for `compare`."""
+    plan = replace(
+        Plan.alone("cpu"),
+        micro_batch=ROWS,
+        sequence_length=sequence,
+        optimizer=recipe.optimizer.name,
+    )
+    world = World(0, 1, torch.device("cpu"))
+    losses, norms, _, gradients = run_steps(recipe, hf_config, plan, world, steps)
+    for index, tensors in enumerate(gradients):
+        save_file(tensors, folder / f"gradients-{index}.safetensors")
+    write_json(folder / "reference.json", {"losses": losses, "norms": norms})
+
+
+def compare(
+    folder: Path, recipe: Recipe, hf_config: Mapping[str, Any], plan: Plan, world: World
+) -> Outcome:
+    """Train as `plan` says and compare with the reference in `folder`. Collective; equal on all."""
+    import json
+
+    reference = json.loads((folder / "reference.json").read_text())
+    steps = len(reference["losses"])
+    losses, norms, model, gradients = run_steps(recipe, hf_config, plan, world, steps)
+    worst, name = 0.0, ""
+    for index, tensors in enumerate(gradients):
+        with safe_open(folder / f"gradients-{index}.safetensors", framework="pt") as handle:
+            found = _gradient_difference(model, tensors, handle)
+        if found[0] > worst or math.isnan(found[0]):
+            worst, name = found
+    return Outcome(
+        plan,
+        _relative(losses, reference["losses"]),
+        worst,
+        name,
+        _relative(norms, reference["norms"]),
+    )
+
+
+def _gradient_difference(
+    model: SpreadModel, gradients: Mapping[str, Tensor], reference: Any
+) -> tuple[float, str]:
+    """The largest |difference| / |gradient| over all parameters, and whose it is.
+
+    Each worker compares its own boxes; squares are added up over all workers, each box once.
+    """
+    names = sorted(reference.keys())
+    place = {name: index for index, name in enumerate(names)}
+    # Squares of differences and of reference values, and elements seen, by parameter.
+    sums = torch.zeros(len(names), 3, dtype=torch.float64)
+    parameters = dict(model.unique_parameters())
+    for name, gradient in gradients.items():
+        parameter, piece = parameters[name], model.pieces.get(name)
+        offsets = list(piece.offsets) if piece is not None else [0] * gradient.ndim
+        if hasattr(parameter, "__create_chunk_list__"):
+            (chunk,) = parameter.__create_chunk_list__()
+            offsets = [a + b for a, b in zip(offsets, chunk.offsets, strict=True)]
+        if not gradient.numel():
+            continue
+        box = tuple(
+            slice(offset, offset + size)
+            for offset, size in zip(offsets, gradient.shape, strict=True)
+        )
+        expected = reference.get_slice(name)[box].double()
+        difference = (gradient.double().cpu() - expected).square().sum()
+        shares = torch.stack(
+            [difference, expected.square().sum(), torch.tensor(float(gradient.numel()))]
+        )
+        sums[place[name]] += shares / copies(parameter, piece, model.mesh)
+    if model.mesh.world.size > 1:
+        dist.all_reduce(sums)
+    sizes = torch.tensor([math.prod(reference.get_slice(n).get_shape()) for n in names])
+    complete = (sums[:, 2] - sizes).abs() < 0.5
+    # A parameter that nobody, or not everybody, has a gradient of is as wrong as can be.
+    relative = (sums[:, 0] / sums[:, 1].clamp(min=1e-60)).sqrt()
+    relative = torch.where(complete, relative, torch.inf)
+    silent = complete & (sums[:, 1] == 0) & (sums[:, 0] == 0)
+    relative = torch.where(silent, 0.0, relative)
+    index = int(relative.argmax())
+    return float(relative[index]), names[index]
+
+
+def _relative(values: Sequence[float], expected: Sequence[float]) -> float:
+    differences = [abs(v - e) / abs(e) for v, e in zip(values, expected, strict=True)]
+    return max(d if not math.isnan(d) else math.inf for d in differences)
