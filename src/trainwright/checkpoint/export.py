@@ -22,6 +22,8 @@ from trainwright.checkpoint.manifest import Manifest, StoredFile, StoredTensor
 from trainwright.checkpoint.storage import Entry, read_tensor, write_file
 from trainwright.errors import Mistake, UserError
 from trainwright.files import sync_directory, write_atomically, write_json
+from trainwright.models.disk_names import is_stacked, names_on_disk
+from trainwright.models.families import FAMILIES, decoder_config
 from trainwright.models.safetensors_files import INDEX, SINGLE
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -67,7 +69,7 @@ def export_checkpoint(
     damaged = integrity.verify_files(root, step, _model_files(manifest))
     if damaged:
         raise UserError(damaged)
-    entries = _entries(step_directory(root, step), manifest, DTYPES[dtype])
+    entries = _entries(step_directory(root, step), manifest, hf_config, DTYPES[dtype])
     beside = destination.with_name(f".{destination.name}.tmp")
     try:
         shutil.rmtree(beside, ignore_errors=True)
@@ -164,24 +166,50 @@ def _model_files(manifest: Manifest) -> list[StoredFile]:
     return [file for file in manifest.files if file.name in names]
 
 
-def _entries(directory: Path, manifest: Manifest, dtype: torch.dtype) -> list[Entry]:
+def _entries(
+    directory: Path, manifest: Manifest, hf_config: Mapping[str, Any], dtype: torch.dtype
+) -> list[Entry]:
     """What the shards hold: all of the model. A tied head was saved as the embedding alone."""
-    entries = [
-        Entry(
-            name,
-            dtype if tensor.dtype.is_floating_point else tensor.dtype,
-            tensor.shape,
-            partial(_read_as, directory, tensor, dtype),
-        )
-        for name, tensor in _model_tensors(manifest).items()
-    ]
+    known = hf_config.get("model_type") in FAMILIES
+    config = decoder_config(hf_config) if known else None
+    entries = []
+    for name, tensor in _model_tensors(manifest).items():
+        read = _Reader(directory, tensor, _dtype_on_disk(name, tensor, dtype))
+        if config is not None and is_stacked(name):
+            for expert, on_disk in enumerate(names_on_disk(config, name)):
+                entries.append(
+                    Entry(on_disk, read.dtype, tensor.shape[1:], partial(read.expert, expert))
+                )
+        else:
+            on_disk = name if config is None else names_on_disk(config, name)[0]
+            entries.append(Entry(on_disk, read.dtype, tensor.shape, read.whole))
     # Elements of one size lie together, so that each tensor is aligned in its file.
     return sorted(entries, key=lambda entry: -entry.dtype.itemsize)
 
 
-def _read_as(directory: Path, tensor: StoredTensor, dtype: torch.dtype) -> Tensor:
-    whole = read_tensor(directory, tensor)
-    return whole.to(dtype) if whole.is_floating_point() else whole
+def _dtype_on_disk(name: str, tensor: StoredTensor, dtype: torch.dtype) -> torch.dtype:
+    # Routers' biases are moved in steps that a narrow type would swallow; transformers keeps them.
+    fixed = name.endswith("e_score_correction_bias") or not tensor.dtype.is_floating_point
+    return tensor.dtype if fixed else dtype
+
+
+class _Reader:
+    """A stored tensor, whole or an expert at a time; its experts follow each other in a file."""
+
+    def __init__(self, directory: Path, tensor: StoredTensor, dtype: torch.dtype) -> None:
+        self.directory, self.tensor, self.dtype = directory, tensor, dtype
+        self._experts: list[Tensor] = []
+
+    def whole(self) -> Tensor:
+        return read_tensor(self.directory, self.tensor).to(self.dtype)
+
+    def expert(self, number: int) -> Tensor:
+        if not self._experts:
+            self._experts = list(self.whole().unbind())
+        expert = self._experts[number]
+        if number == len(self._experts) - 1:
+            self._experts = []
+        return expert
 
 
 def _write_weights(directory: Path, entries: list[Entry], shard_bytes: int) -> None:

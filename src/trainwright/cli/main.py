@@ -21,6 +21,7 @@ from trainwright.cli.generate import chat, generate
 from trainwright.cli.recipes import init, validate
 from trainwright.cli.report import report
 from trainwright.cli.train import train
+from trainwright.cli.verify import verify
 from trainwright.errors import UserError
 
 USER_MISTAKE, INTERRUPTED = 2, 130
@@ -28,7 +29,7 @@ USER_MISTAKE, INTERRUPTED = 2, 130
 # Verbs as `--help` lists them, by panel.
 VERBS: dict[str, tuple[Callable[..., None], ...]] = {
     "Recipe": (init, validate, data),
-    "Training": (train, evaluate, report),
+    "Training": (train, evaluate, report, verify),
     "Model": (generate, chat, export),
     "Machine": (doctor,),
 }

@@ -149,15 +149,16 @@ def _print_summary(recipe: Recipe, console: Console) -> None:
     from rich.markup import escape
     from rich.table import Table
 
+    from trainwright.planner.explain import explain_plan
     from trainwright.planner.known_model import known_config
-    from trainwright.planner.plan import make_plan
+    from trainwright.planner.make import make_plan
     from trainwright.training.machine import detect_machine
 
     config = known_config(recipe.model, recipe.tokenizer)
     plan = make_plan(recipe, detect_machine(), config)
     rows = [("model", _model(recipe)), ("data", _data(recipe)), ("length", _length(recipe))]
     table = Table(box=None, show_header=False)
-    for name, value in [*rows, *plan.explain(config)]:
+    for name, value in [*rows, *explain_plan(plan, config)]:
         table.add_row(name, escape(value))
     console.print(f"[bold]{recipe.name}[/bold]: nothing is wrong with the recipe.")
     console.print(table)

@@ -41,11 +41,6 @@ class ExpertsSpec:
     module_on_disk: str = "mlp"  # the layer's name in files, and those of an expert's matrices
     names_on_disk: tuple[str, str, str] = STACKED
 
-    @property
-    def matrices(self) -> int:
-        """Elements of one expert's three matrices for each channel of the stream."""
-        return 3 * self.width
-
 
 @dataclass(frozen=True)
 class LatentSpec:

@@ -7,9 +7,11 @@ from collections.abc import Iterable
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from trainwright.errors import Mistake, UserError
-from trainwright.optim.muon import Muon
+from trainwright.optim.muon import Muon, Whole
+from trainwright.optim.offload import OffloadedOptimizer, on_host, whole_on_host
 from trainwright.recipe.schema import Optimizer as OptimizerSection
 
 
@@ -20,18 +22,34 @@ def build_optimizers(
     in_blocks: Iterable[nn.Parameter] = (),
     muon_dtype: torch.dtype,
     replicas: dist.ProcessGroup | None = None,
+    whole: Whole | None = None,
+    offload: bool = False,
 ) -> list[torch.optim.Optimizer]:
     """Optimizers that together update every parameter that requires a gradient.
 
     Vectors (norms, biases) get no weight decay. Under `muon`, the matrices inside the blocks
-    (those of `in_blocks`) are Muon's; embeddings, head and vectors stay with AdamW. `replicas`
-    are the workers that hold the same whole parameters, if any. Raises UserError for `muon` where
-    there is no such matrix, and for `adamw-8bit` without torchao.
+    (those of `in_blocks`, stacks of experts among them) are Muon's; embeddings, head and vectors
+    stay with AdamW. `replicas` are the workers that hold the same parameters, if any, and `whole`
+    knows those that are parts of larger matrices. With `offload`, states and updates are on the
+    host. Raises UserError for `muon` where there is no such matrix, and for `adamw-8bit` without
+    torchao.
     """
     trained = [p for p in parameters if p.requires_grad]
+    if offload:
+        copies = on_host(trained)
+        inside = {id(p) for p in in_blocks}
+        inner = build_optimizers(
+            copies.values(),
+            section,
+            in_blocks=[copy for p, copy in copies.items() if id(p) in inside],
+            muon_dtype=muon_dtype,
+            replicas=replicas,
+            whole=None if whole is None else whole_on_host(whole, copies),
+        )
+        return [OffloadedOptimizer(optimizer, copies) for optimizer in inner]
     if section.name != "muon":
         return [_adamw(trained, section)]
-    inside = {id(p) for p in in_blocks if p.ndim == 2}
+    inside = {id(p) for p in in_blocks if p.ndim in (2, 3)}
     matrices = [p for p in trained if id(p) in inside]
     rest = [p for p in trained if id(p) not in inside]
     if not matrices:
@@ -49,8 +67,9 @@ def build_optimizers(
         weight_decay=section.weight_decay,
         dtype=muon_dtype,
         replicas=replicas,
+        whole=whole,
     )
-    return [muon, _adamw(rest, section)]
+    return [muon, *([_adamw(rest, section)] if rest else [])]
 
 
 def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], value: float) -> None:
@@ -64,11 +83,15 @@ def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], value: float)
 
 
 def _adamw(parameters: list[nn.Parameter], section: OptimizerSection) -> torch.optim.Optimizer:
+    # Fused kernels take DTensors of one mesh, or plain tensors: experts have a mesh of their own.
+    by_kind: dict[tuple, list[nn.Parameter]] = {}
+    for p in parameters:
+        mesh = p.device_mesh if isinstance(p, DTensor) else None
+        by_kind.setdefault((p.ndim < 2, mesh), []).append(p)
     groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": section.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        {"params": members, "weight_decay": 0.0 if vectors else section.weight_decay}
+        for (vectors, _), members in by_kind.items()
     ]
-    groups = [group for group in groups if group["params"]]
     if section.name == "adamw-8bit":
         try:
             from torchao.optim import AdamW8bit

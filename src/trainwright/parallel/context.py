@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from trainwright.comm.collectives import exchange, gather
 from trainwright.kernels.attention import Mask, attention, attention_mask, slotted_block_mask
@@ -190,7 +190,7 @@ def install(part: Decoder, method: str, group: dist.ProcessGroup) -> None:
     context = ContextParallel(method, group)
     part.model.context = context
     for module in part.modules():
-        if isinstance(module, nn.Module) and getattr(module, "attend", None) is attention:
+        if hasattr(module, "attend"):
             module.attend = context.attend  # type: ignore[assignment]
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
 from trainwright.kernels.partial_attention import (
     Sight,
@@ -208,10 +209,11 @@ class _Ring:
         received = torch.empty_like(tensor)
         peers = ((self.worker + step) % self.workers for step in (1, -1))
         after, before = (dist.get_global_rank(self.group, peer) for peer in peers)
+        # Of the module that P2POp compares them with, whatever stands in torch.distributed.
         works = dist.batch_isend_irecv(
             [
-                dist.P2POp(dist.isend, tensor, after, self.group, tag),
-                dist.P2POp(dist.irecv, received, before, self.group, tag),
+                dist.P2POp(distributed_c10d.isend, tensor, after, self.group, tag),
+                dist.P2POp(distributed_c10d.irecv, received, before, self.group, tag),
             ]
         )
         return _Passing(tensor, received, works)

@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from trainwright.models.decoder import Decoder, Span
 from trainwright.models.fallback import FallbackModel
 from trainwright.models.pieces import Piece
+from trainwright.parallel import context
+from trainwright.parallel.expert import cut_experts
 from trainwright.parallel.gradients import gradient_norm, sum_partial
 from trainwright.parallel.mesh import Mesh, build_mesh
 from trainwright.parallel.pipeline import Pipeline, PipelinedModel
@@ -190,15 +192,11 @@ def whole_model(model: Model, device: torch.device) -> SpreadModel:
 
 def _cut(part: Decoder, plan: Plan, mesh: Mesh) -> None:
     if plan.ep > 1:
-        from trainwright.parallel import expert
-
-        expert.cut_experts(part, mesh)
+        cut_experts(part, mesh)
     tensor_group, context_group = mesh.group("tp"), mesh.group("cp")
     if tensor_group is not None:
         cut_tensors(part, tensor_group)
     if context_group is not None:
-        from trainwright.parallel import context
-
         context.install(part, plan.cp_method, context_group)
 
 

@@ -5,6 +5,7 @@ Each check takes a draft whose broken parts are None, so that all mistakes come 
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import math
 from collections.abc import Iterator
@@ -12,14 +13,17 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from trainwright.data.sources import check_source
-from trainwright.errors import Mistake
+from trainwright.errors import Mistake, UserError
+from trainwright.planner.candidate import candidate_of
 from trainwright.planner.known_model import (
     directory_vocabulary,
     known_config,
+    known_native,
     known_vocabulary,
     read_local_config,
 )
-from trainwright.planner.layout import batch_mistakes, layout_mistakes
+from trainwright.planner.legality import legality_mistakes
+from trainwright.planner.make import batch_tokens_mistakes
 from trainwright.recipe.load import Check, Draft
 from trainwright.recipe.paths import is_spelt_as_path
 from trainwright.recipe.schema import DataSection, Training
@@ -150,13 +154,30 @@ def check_sources(draft: Draft) -> Iterator[Mistake]:
 
 
 def check_layout(draft: Draft) -> Iterator[Mistake]:
-    """Degrees and batch against the workers, where the recipe itself says how many there are."""
-    parallel, training = draft.parallel, draft.training
-    world = parallel.workers if parallel is not None and parallel.workers != "auto" else None
-    if parallel is not None and world is not None:
-        yield from layout_mistakes(parallel, world)
-    if training is not None:
-        yield from batch_mistakes(training, draft.data, parallel, world)
+    """Whether the recipe's ways to spread the work go together, as far as the recipe tells.
+
+    Without a number of workers, as few are supposed as its degrees make.
+    """
+    parallel, training, data = draft.parallel, draft.training, draft.data
+    if training is not None and data is not None:
+        yield from batch_tokens_mistakes(training, data)
+    if parallel is None or training is None:
+        return
+    config, native = None, None
+    if draft.model is not None:
+        native = known_native(draft.model)
+        with contextlib.suppress(UserError):  # told by `check_model_shape`
+            config = known_config(draft.model, draft.tokenizer)
+    candidate = candidate_of(
+        parallel,
+        training,
+        world=None if parallel.workers == "auto" else parallel.workers,
+        optimizer=draft.optimizer.name if draft.optimizer is not None else "adamw",
+        sequence_length=data.sequence_length if data is not None else None,
+        model=config,
+        native=native,
+    )
+    yield from legality_mistakes(candidate)
 
 
 def check_schedule(draft: Draft) -> Iterator[Mistake]:
@@ -204,6 +225,13 @@ def check_installed(draft: Draft) -> Iterator[Mistake]:
             "`adamw-8bit` needs the package torchao, which is not installed",
             "`pip install 'trainwright[quant]'`, or write `name: adamw`",
             key="optimizer.name",
+        )
+    wants_float8 = draft.training is not None and draft.training.precision == "float8"
+    if wants_float8 and not _is_installed("torchao"):
+        yield Mistake(
+            "`float8` needs the package torchao, which is not installed",
+            "`pip install 'trainwright[quant]'`, or write `precision: bf16`",
+            key="training.precision",
         )
     for index, tracker in enumerate(draft.tracking.to if draft.tracking is not None else ()):
         if not _is_installed(_TRACKERS[tracker]):

@@ -50,6 +50,14 @@ def read_local_config(model: ModelSection) -> dict[str, Any] | None:
     return config if isinstance(config, dict) else None
 
 
+def known_native(model: ModelSection) -> bool | None:
+    """Whether the model is one of our families; None for a hub id, whose config is not here."""
+    if model.family is not None:
+        return True
+    config = read_local_config(model)
+    return None if config is None else config.get("model_type") in FAMILIES
+
+
 def known_config(
     model: ModelSection, tokenizer: TokenizerSection | None = None
 ) -> DecoderConfig | None:

@@ -6,68 +6,217 @@ therefore fills only part of the memory.
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import dataclass
 
 from trainwright.models.families import DecoderConfig
-from trainwright.planner.shapes import count_parameters
+from trainwright.planner.parameters import Weight, stage_weights, stages_of
+from trainwright.planner.plan import Plan, Recompute
+from trainwright.planner.schedules import make_schedule
 
-Recompute = Literal["none", "full", "selective"]
-
-ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-# fp32 weight and gradient, and what the optimizer keeps of a parameter.
+# Of the stream and of weights that are gathered; float8 is made within each product.
+ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "float8": 2}
+_FP32 = 4
+# What an optimizer keeps of a parameter.
 _OPTIMIZER_BYTES = {"adamw": 8, "muon": 4, "adamw-8bit": 2}
-_WEIGHT_AND_GRADIENT = 8
 _HEAD_CHUNK_BYTES = 3 * 4 * (1 << 24)  # a chunk's logits, their gradient and a copy, in fp32
 
 
-def state_bytes(config: DecoderConfig, optimizer: str, precision: str, dp_shard: int = 1) -> int:
-    """Weights, gradients, optimizer state and narrow copies of the weights on one worker.
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a worker's states, as they rest between micro-batches.
 
-    Sharded over `dp_shard` workers; the weights that a sharded worker gathers for the moment are
-    reckoned as three blocks, or the embedding and head where those are larger.
+    `parameters` and `gradients` are the worker's own fp32 parts; `whole_gradients` those that
+    ZeRO-1 adds up whole; `gathered` what FSDP2 has gathered, in the type of products; `narrow`
+    autocast's copies of whole weights. `host` of them lie in the host's memory by `offload`.
     """
-    counted = count_parameters(config)
-    matrices = counted.blocks if optimizer == "muon" else 0
-    kept = _OPTIMIZER_BYTES[optimizer] * (matrices or counted.total)
-    if optimizer == "muon":
-        kept += _OPTIMIZER_BYTES["adamw"] * (counted.total - matrices)
-    states = (_WEIGHT_AND_GRADIENT * counted.total + kept) / dp_shard
-    element = ELEMENT_BYTES[precision]
-    if dp_shard > 1:
-        gathered = max(3 * counted.block, counted.embedding + counted.head)
-        return int(states + element * gathered)
-    return int(states + (element * counted.total if precision != "fp32" else 0))
+
+    parameters: float
+    gradients: float
+    optimizer: float
+    whole_gradients: float = 0.0
+    gathered: float = 0.0
+    narrow: float = 0.0
+    host: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """Bytes on the device."""
+        held = self.parameters + self.gradients + self.optimizer
+        return held + self.whole_gradients + self.gathered + self.narrow - self.host
 
 
-def activation_bytes(config: DecoderConfig, precision: str, recompute: Recompute) -> float:
-    """Bytes kept a token between the forward and the backward pass, over all blocks.
+def state_bytes(config: DecoderConfig, plan: Plan, pp_rank: int | None = None) -> Memory:
+    """States of a worker of `pp_rank`, or of the fullest one (None); the first of its shards."""
+    if pp_rank is None:
+        every = [state_bytes(config, plan, rank) for rank in range(plan.pp)]
+        return max(every, key=lambda memory: memory.total)
+    stages = [stage_weights(config, plan, stage) for stage in stages_of(plan, pp_rank)]
+    weights = [weight for groups in stages for group in groups for weight in group]
+    own = sum(weight.shard(plan) for weight in weights)
+    whole = sum(weight.elements(plan) for weight in weights)
+    element, sharded = ELEMENT_BYTES[plan.precision], plan.dp_shard > 1
+    optimizer = sum(_optimizer_bytes(weight, plan) for weight in weights)
+    host = 0.0
+    if plan.device == "cuda" and plan.offload != "none":
+        host = optimizer + (2 * _FP32 * own if plan.offload == "parameters" else 0)
+    gathered = narrow = 0.0
+    if sharded:
+        gathered = element * (whole if plan.zero < 3 else _gathered_at_once(stages, plan))
+    elif plan.precision != "fp32":
+        # Made anew in every forward pass, and kept for its backward pass.
+        narrow = element * whole * max(1, len(in_flight(plan, pp_rank)))
+    return Memory(
+        parameters=_FP32 * own,
+        gradients=_FP32 * own,
+        optimizer=optimizer,
+        whole_gradients=_FP32 * whole if plan.zero == 1 and plan.accumulation > 1 else 0.0,
+        gathered=gathered,
+        narrow=narrow,
+        host=host,
+    )
 
-    Of a block, in elements: inputs and outputs of norms and residual sums 4h, queries and attention
-    output 2q, keys and values 2k, gate, its activation, up and their product 4f; an fp32 sum a
-    head; another q + k where queries and keys are normalised or split from one matrix, and 2h where
-    there are norms behind each half. Attention keeps no scores, on any device. `full` keeps each
-    block's input and holds one block whole while it is recomputed; `selective` keeps the outputs
-    of matrix products and attention besides.
+
+def activation_bytes(config: DecoderConfig, plan: Plan, pp_rank: int | None = None) -> float:
+    """Bytes that a row of a micro-batch keeps between its forward and backward pass on a worker.
+
+    In a pipeline a row stands for one in each of the micro-batches that are under way, on the
+    worker of `pp_rank` or on the fullest one (None).
     """
-    hidden, ffn = config.hidden_size, config.intermediate_size
-    queries = config.num_heads * config.head_dim
-    key_values = config.num_kv_heads * config.head_dim
-    sums = 4 * config.num_heads
-    element = ELEMENT_BYTES[precision]
-
-    elements = 4 * hidden + 2 * queries + 2 * key_values + 4 * ffn
-    if config.qk_norm is not None or config.fused_projections:
-        elements += queries + key_values
-    if config.norms == "both":
-        elements += 2 * hidden
-    whole = element * elements + sums
-    products = element * (3 * hidden + 2 * queries + 2 * key_values + 2 * ffn) + sums
-    kept = {"none": whole, "full": element * hidden, "selective": products}[recompute]
-    at_once = 0 if recompute == "none" else whole - kept
-    # The last hidden states, their norm, and the gradients of both.
-    return config.num_layers * kept + at_once + 4 * element * hidden
+    if pp_rank is None:
+        return max(activation_bytes(config, plan, rank) for rank in range(plan.pp))
+    kept = {stage: _stage_bytes(config, plan, stage) for stage in stages_of(plan, pp_rank)}
+    held = sum(kept[stage] for stage in in_flight(plan, pp_rank, kept))
+    at_once = max(
+        (
+            _whole_less_kept(config, plan, stage, layer)
+            for stage in kept
+            for layer in _layers(config, plan, stage)
+        ),
+        default=0.0,
+    )
+    return (held + at_once) * plan.sequence_length / plan.cp
 
 
-def head_bytes(config: DecoderConfig) -> int:
+def head_bytes(config: DecoderConfig, plan: Plan) -> float:
     """What the chunked output head holds besides: a chunk's logits, and its weight's gradient."""
-    return _HEAD_CHUNK_BYTES + 4 * config.vocab_size * config.hidden_size
+    return _HEAD_CHUNK_BYTES + 4 * config.vocab_size // plan.tp * config.hidden_size
+
+
+def in_flight(plan: Plan, pp_rank: int, cost: dict[int, float] | None = None) -> list[int]:
+    """The stages of the micro-batches that a worker holds when it holds the most.
+
+    One entry a (stage, micro-batch) that has gone forward and not wholly back; `cost` weighs them.
+    """
+    if plan.pp == 1:
+        return [0]
+    schedule = make_schedule(plan.schedule, plan.pp, plan.virtual_stages, plan.accumulation)
+    held: list[int] = []
+    most: list[int] = []
+
+    def weight(stages: list[int]) -> float:
+        return sum(cost[stage] for stage in stages) if cost else len(stages)
+
+    for action in schedule[pp_rank]:
+        if action.kind == "F":
+            held.append(action.stage)
+            if weight(held) > weight(most):
+                most = list(held)
+        elif action.kind in ("B", "W"):
+            held.remove(action.stage)
+    return most
+
+
+def layer_bytes(config: DecoderConfig, plan: Plan, layer: int, recompute: Recompute) -> float:
+    """Bytes that a layer keeps a token between its forward and its backward pass.
+
+    In elements, under tp divided by it but where said: inputs of norms 2h, inputs of the
+    projections 2h (gathered, so not divided), queries and attention output 2q, keys and values 2k,
+    gate, its activation, up and their product 4f; an fp32 sum a head; another q + k where queries
+    and keys are normalised or split from one matrix, and 2h where there are norms behind each
+    half. Experts keep as much for each one that a token goes to, and their inputs and outputs.
+    Attention keeps no scores, on any device. `full` keeps the layer's input, `selective` the
+    outputs of matrix products and attention besides, and a budget something between.
+    """
+    hidden, tp, element = config.hidden_size, plan.tp, ELEMENT_BYTES[plan.precision]
+    attention, products, sums = _attention_elements(config, tp)
+    inner, inner_products, extra = _network_elements(config, layer, tp)
+    entry = hidden / tp
+    norms = 4 if config.norms == "both" else 2
+    whole = element * (norms * hidden / tp + 2 * hidden + attention + inner) + sums + extra
+    if recompute == "none":
+        return whole
+    if recompute == "full":
+        return element * entry
+    if recompute == "selective":
+        return element * (entry + 2 * hidden + products + inner_products) + sums
+    assert not isinstance(recompute, str)
+    return recompute * whole + (1 - recompute) * element * entry
+
+
+def _attention_elements(config: DecoderConfig, tp: int) -> tuple[float, float, float]:
+    """Elements of all that attention keeps, of its products alone, and bytes of its fp32 sums."""
+    heads, dim = config.num_heads / tp, config.head_dim
+    sums = 4 * heads
+    if config.latent is not None:
+        latent = config.latent
+        ranks = (latent.query_rank or 0) + latent.rank
+        expanded = heads * (latent.plain_dim + latent.value_dim)
+        mixed = heads * latent.value_dim
+        products = ranks + latent.rope_dim + heads * dim + expanded + mixed
+        return products + ranks + 2 * heads * dim + mixed, products, sums
+    queries, keys = heads * dim, max(1.0, config.num_kv_heads / tp) * dim
+    kept = 2 * queries + 2 * keys
+    again = config.qk_norm is not None or config.fused_projections
+    return kept + (queries + keys if again else 0), kept, sums
+
+
+def _network_elements(config: DecoderConfig, layer: int, tp: int) -> tuple[float, float, float]:
+    """The same of the feed-forward network; the bytes are the router's, in fp32."""
+    spec = config.experts
+    if spec is None or not config.is_sparse(layer):
+        return 4 * config.intermediate_size / tp, 2 * config.intermediate_size / tp, 0.0
+    rows, shared = spec.per_token, spec.shared_width / tp
+    outputs = 2 * rows * config.hidden_size  # an expert's inputs and outputs, a row each
+    whole = outputs + 4 * rows * spec.width / tp + 4 * shared
+    products = outputs / 2 + 2 * rows * spec.width / tp + 2 * shared
+    return whole, products, 3.0 * _FP32 * spec.count
+
+
+def _stage_bytes(config: DecoderConfig, plan: Plan, stage: int) -> float:
+    """Bytes that a stage keeps a token, over all its layers and the head."""
+    policy = plan.stage_recompute(stage)
+    layers = _layers(config, plan, stage)
+    kept = sum(layer_bytes(config, plan, layer, policy) for layer in layers)
+    if stage == plan.stages - 1:
+        # The last hidden states, their norm, and the gradients of both.
+        element, hidden = ELEMENT_BYTES[plan.precision], config.hidden_size
+        kept += element * (2 * hidden / plan.tp + 2 * hidden)
+    return kept
+
+
+def _whole_less_kept(config: DecoderConfig, plan: Plan, stage: int, layer: int) -> float:
+    """What recomputing a layer brings back."""
+    policy = plan.stage_recompute(stage)
+    whole = layer_bytes(config, plan, layer, "none")
+    return whole - layer_bytes(config, plan, layer, policy)
+
+
+def _layers(config: DecoderConfig, plan: Plan, stage: int) -> range:
+    layers = plan.stage_layers or (config.num_layers,)
+    first = sum(layers[:stage])
+    return range(first, first + layers[stage])
+
+
+def _optimizer_bytes(weight: Weight, plan: Plan) -> float:
+    """Muon keeps one moment of the blocks' matrices, and AdamW's two of the rest."""
+    name = plan.optimizer
+    if name == "muon" and (weight.group == "outer" or len(weight.shape) < 2):
+        name = "adamw"
+    return _OPTIMIZER_BYTES[name] * weight.shard(plan)
+
+
+def _gathered_at_once(stages: list[list[list[Weight]]], plan: Plan) -> int:
+    """Elements gathered at a time: what lies outside the blocks, a block and the one after it."""
+    sizes = [[sum(w.elements(plan) for w in group) for group in groups] for groups in stages]
+    outer = sum(groups[0] for groups in sizes)
+    return outer + 2 * max((size for groups in sizes for size in groups[1:]), default=0)

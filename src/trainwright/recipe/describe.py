@@ -122,9 +122,13 @@ def _expects_one(kind: Any, metadata: tuple[Any, ...]) -> str:
 
 
 def _plural(annotation: Any) -> str:
-    kind, metadata = next(members(annotation))
-    if choices := _choices(kind):
-        return "any of " + _joined(choices)
+    alternatives = list(members(annotation))
+    choices = [word for kind, _ in alternatives for word in _choices(kind)]
+    others = [_plural_one(kind, found) for kind, found in alternatives if not _choices(kind)]
+    return ("any of " if choices else "") + _joined([*choices, *others])
+
+
+def _plural_one(kind: Any, metadata: tuple[Any, ...]) -> str:
     if is_section(kind):
         return "sources" if kind.__name__ == "Source" else "sections"
     return {int: "whole numbers", float: "numbers", str: "texts"}[kind] + _bounds(metadata)

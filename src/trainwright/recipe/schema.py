@@ -21,6 +21,7 @@ from trainwright.recipe.inputs import (
     TokenizerSection,
     TrainTokenizer,
 )
+from trainwright.recipe.parallel import Parallel, Recompute
 from trainwright.recipe.section import (
     Count,
     Fraction,
@@ -84,18 +85,49 @@ class Training(Section):
         description="The same in tokens: a multiple of `data.sequence_length`.",
         examples=[8192],
     )
-    precision: Literal["fp32", "bf16", "fp16"] = Field(
+    precision: Literal["fp32", "bf16", "fp16", "float8"] = Field(
         "bf16",
         description="Arithmetic of the forward and backward pass. Weights and optimizer state stay "
-        "fp32; fp16 scales its loss dynamically.",
+        "fp32; fp16 scales its loss dynamically; float8 makes the blocks' products 8 bits wide on "
+        "GPUs that have them (extra `quant`).",
     )
     gradient_clip: Positive | None = Field(
         1.0, description="Largest global norm of the gradients; null leaves them alone."
     )
-    recompute: Literal["none", "full", "selective"] = Field(
+    recompute: Recompute = Field(
         "none",
-        description="Activations recomputed in the backward pass: none, all of each block, or all "
-        "but the outputs of matrix products and attention.",
+        description="Activations recomputed in the backward pass, to save memory: `none`, all of "
+        "each block (`full`), all but the outputs of matrix products and attention (`selective`), "
+        "or a number from 0 (keep nothing) to 1 (keep all) that torch.compile meets at the least "
+        "cost.",
+    )
+    activation_offload: bool = Field(
+        False,
+        description="Keep activations in the host's memory between forward and backward pass; for "
+        "GPUs whose memory is short and whose link to the host is quick.",
+    )
+    dropout: Fraction = Field(
+        0.0,
+        description="Share of the embedding's and each branch's outputs set to zero in training; "
+        "the same whatever the layout. For small data seen often.",
+    )
+    router_balance_loss: NotNegative | None = Field(
+        None,
+        description="Weight of the loss that spreads a mixture of experts' tokens evenly; default "
+        "the model config's own.",
+        examples=[0.01],
+    )
+    router_z_loss: NotNegative | None = Field(
+        None,
+        description="Weight of the loss that keeps a router's logits small; default the model "
+        "config's own.",
+        examples=[0.001],
+    )
+    router_bias_rate: NotNegative | None = Field(
+        None,
+        description="How far a step moves the biases that balance experts without a loss; default "
+        "0.001 for models that have such biases.",
+        examples=[0.001],
     )
     compile: Literal["auto"] | bool = Field(
         "auto", description="torch.compile of each block; `auto` does it where it pays."
@@ -154,30 +186,6 @@ class Schedule(Section):
     )
     final: Share = Field(0.1, description="Last learning rate as a share of the peak.")
     decay: Share = Field(0.2, description="Share of the run that `wsd` spends decaying.")
-
-
-class Parallel(Section):
-    """How the work is spread. What is left out is derived from the machine."""
-
-    workers: Count | Literal["auto"] = Field(
-        "auto", description="Local worker processes; `auto` is one a GPU, or one on a CPU."
-    )
-    dp_replicate: Count | None = Field(
-        None,
-        description="Replicas that each hold whole weights (DDP; with `dp_shard`, HSDP).",
-        examples=[2],
-    )
-    dp_shard: Count | None = Field(
-        None,
-        description="Workers over which weights, gradients and states are sharded (FSDP2).",
-        examples=[2],
-    )
-    micro_batch: Count | Literal["auto"] = Field(
-        "auto", description="Rows a worker puts through the model at once."
-    )
-    threads: Count | Literal["auto"] = Field(
-        "auto", description="CPU threads a worker; `auto` shares the cores out evenly."
-    )
 
 
 class Checkpoint(Section):

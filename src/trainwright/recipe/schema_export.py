@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
+from inspect import cleandoc
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ def _sections() -> Iterator[tuple[str, type[Section]]]:
 
 def _section_markdown(path: str, section: type[Section]) -> str:
     title = f"`{path}`" if path else "Top level"
-    lines = [f"## {title}", "", (section.__doc__ or "").strip(), ""]
+    lines = [f"## {title}", "", cleandoc(section.__doc__ or ""), ""]
     for group in section.alternatives:
         sides = [" with ".join(f"`{key}`" for key in side.split()[:2]) for side in group.split("|")]
         lines += [f"Give one of {', '.join(sides[:-1])} and {sides[-1]}.", ""]

@@ -1,0 +1,216 @@
+"""A candidate: one way to spread a run, legal or not, with all that legality depends on. No torch.
+
+What the user left out is derived from the rest, and derived anew when the rest changes, so that a
+search for the nearest legal candidate moves only what somebody asked for.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from trainwright.models.families import DecoderConfig
+from trainwright.planner.plan import (
+    ContextMethod,
+    Offload,
+    Plan,
+    Precision,
+    Recompute,
+    ScheduleName,
+)
+from trainwright.planner.schedules import SCHEDULES
+from trainwright.recipe.schema import Parallel, Training
+
+DEGREES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")  # their product is the world
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Degrees and features of a run, the shape of its batch and model, and what the machine can.
+
+    None stands for what is not known yet, and no rule is broken by what it does not know.
+    """
+
+    world: int
+    pp: int = 1
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    cp: int = 1
+    tp: int = 1
+    ep: int = 1
+    zero: int = 0
+    schedule: ScheduleName = "1f1b"
+    virtual_stages: int = 1
+    stage_layers: tuple[int, ...] = ()  # () is derived: as even as can be
+    cp_method: ContextMethod = "ring"
+    offload: Offload = "none"
+    recompute: Recompute = "none"
+    recompute_by_stage: tuple[Recompute, ...] = ()
+    dropout: float = 0.0
+    compile: Literal["auto"] | bool = "auto"
+    precision: Precision = "bf16"
+    optimizer: str = "adamw"
+    router_keys: tuple[str, ...] = ()  # of `training`, given and not 0
+    sequence_length: int | None = None
+    rows: int | None = None  # of the global batch
+    counts_tokens: bool = False  # the recipe gives the batch in tokens
+    micro_batch: int | None = None  # None is derived
+    device: Literal["cpu", "cuda"] | None = None
+    has_float8: bool | None = None
+    has_compiler: bool | None = None
+    model: DecoderConfig | None = None
+    native: bool | None = None  # one of our families; False runs transformers' own class
+    derived: frozenset[str] = frozenset()  # fields that follow from the others
+
+    @property
+    def data_ranks(self) -> int:
+        """Ways in which the rows of a batch are divided."""
+        return self.dp_replicate * self.dp_shard
+
+    @property
+    def product(self) -> int:
+        """Workers that the degrees make."""
+        return math.prod(getattr(self, axis) for axis in DEGREES)
+
+    @property
+    def stages(self) -> int:
+        """Stages of the pipeline."""
+        return self.pp * self.virtual_stages
+
+    @property
+    def splits(self) -> bool:
+        """Whether a pipeline runs whose schedule splits the backward pass."""
+        return self.pp > 1 and SCHEDULES[self.schedule].splits
+
+    @property
+    def recomputes(self) -> tuple[Recompute, ...]:
+        """Every recompute policy that some stage follows."""
+        return self.recompute_by_stage or (self.recompute,)
+
+    @property
+    def own_rows(self) -> int | None:
+        """Rows of a step on each of the data ranks, where they share out evenly."""
+        if self.rows is None or self.rows % self.data_ranks:
+            return None
+        return self.rows // self.data_ranks
+
+    @property
+    def most_micro_batches(self) -> int | None:
+        """Micro-batches a step: as the micro-batch says, or as many as there can be."""
+        own = self.own_rows
+        return None if own is None else own // (self.micro_batch or 1)
+
+    def changed(self, **fields: Any) -> Candidate:
+        """With other values of some fields, and what is derived settled anew."""
+        return settled(replace(self, **fields))
+
+
+def settled(candidate: Candidate) -> Candidate:
+    """The candidate with its derived fields as they follow from the others."""
+    c, fields = candidate, candidate.derived
+    rest = max(1, c.world // (c.pp * c.cp * c.tp))
+    if {"dp_replicate", "dp_shard"} <= fields:
+        wants = "zero" not in fields or c.ep > 1 or c.offload == "parameters"
+        shards = c.device == "cuda" or wants
+        c = replace(c, dp_replicate=1 if shards else rest, dp_shard=rest if shards else 1)
+    elif "dp_replicate" in fields:
+        c = replace(c, dp_replicate=max(1, rest // c.dp_shard))
+    elif "dp_shard" in fields:
+        c = replace(c, dp_shard=max(1, rest // c.dp_replicate))
+    if "virtual_stages" in fields:
+        turns = c.pp > 1 and c.schedule not in ("gpipe", "1f1b")
+        c = replace(c, virtual_stages=2 if turns else 1)
+    if "zero" in fields:
+        # Weight gradients that come late come after FSDP has reduced a micro-batch's.
+        c = replace(c, zero=0 if c.dp_shard == 1 else 1 if c.splits else 3)
+    return c
+
+
+def candidate_of(
+    parallel: Parallel,
+    training: Training,
+    *,
+    world: int | None,
+    optimizer: str = "adamw",
+    sequence_length: int | None = None,
+    model: DecoderConfig | None = None,
+    native: bool | None = None,
+    device: Literal["cpu", "cuda"] | None = None,
+    has_float8: bool | None = None,
+    has_compiler: bool | None = None,
+) -> Candidate:
+    """What a recipe asks for, on `world` workers; None asks for the fewest that could do."""
+    given = {"dp_replicate": parallel.dp_replicate, "dp_shard": parallel.dp_shard}
+    derived = {key for key, value in given.items() if value is None}
+    derived |= {"zero"} if parallel.zero is None else set()
+    derived |= {"virtual_stages"} if parallel.virtual_stages is None else set()
+    rows = None
+    if world is None:
+        shards = parallel.zero is not None or parallel.offload == "parameters"
+        given["dp_shard"] = parallel.dp_shard or max(parallel.ep, 2 if shards else 1)
+        given["dp_replicate"] = parallel.dp_replicate or 1
+        derived -= given.keys()
+        world = parallel.pp * parallel.cp * parallel.tp * math.prod(filter(None, given.values()))
+    elif training.batch_tokens is None:
+        rows = training.batch_sequences or 8
+    elif sequence_length is not None and training.batch_tokens % sequence_length == 0:
+        rows = training.batch_tokens // sequence_length
+    keys = ("router_balance_loss", "router_z_loss", "router_bias_rate")
+    return settled(
+        Candidate(
+            world=world,
+            pp=parallel.pp,
+            dp_replicate=given["dp_replicate"] or 1,
+            dp_shard=given["dp_shard"] or 1,
+            cp=parallel.cp,
+            tp=parallel.tp,
+            ep=parallel.ep,
+            zero=parallel.zero or 0,
+            schedule=parallel.schedule,
+            virtual_stages=parallel.virtual_stages or 1,
+            stage_layers=tuple(parallel.stage_layers or ()),
+            cp_method=parallel.cp_method,
+            offload=parallel.offload,
+            recompute=training.recompute,
+            recompute_by_stage=tuple(parallel.recompute_by_stage or ()),
+            dropout=training.dropout,
+            compile=training.compile,
+            precision=training.precision,
+            optimizer=optimizer,
+            router_keys=tuple(key for key in keys if getattr(training, key)),
+            sequence_length=sequence_length,
+            rows=rows,
+            counts_tokens=training.batch_tokens is not None,
+            micro_batch=None if parallel.micro_batch == "auto" else parallel.micro_batch,
+            device=device,
+            has_float8=has_float8,
+            has_compiler=has_compiler,
+            model=model,
+            native=native,
+            derived=frozenset(derived),
+        )
+    )
+
+
+def candidate_of_plan(plan: Plan, model: DecoderConfig | None = None) -> Candidate:
+    """What a finished plan amounts to: the rules hold for it, or it must not run."""
+    return Candidate(
+        world=plan.world_size,
+        **{axis: getattr(plan, axis) for axis in (*DEGREES, "ep", "zero", "schedule")},
+        virtual_stages=plan.virtual_stages,
+        stage_layers=plan.stage_layers,
+        cp_method=plan.cp_method,
+        offload=plan.offload,
+        recompute=plan.recompute,
+        recompute_by_stage=plan.recompute_by_stage,
+        compile=plan.compile,
+        precision=plan.precision,
+        optimizer=plan.optimizer,
+        sequence_length=plan.sequence_length,
+        rows=plan.batch_sequences,
+        micro_batch=plan.micro_batch,
+        device=plan.device,
+        model=model,
+        native=None if model is None else True,
+    )

@@ -1,0 +1,146 @@
+"""Every legal plan for a model on so many workers, in a fixed order. No torch."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from trainwright.models.families import DecoderConfig
+from trainwright.planner.candidate import Candidate
+from trainwright.planner.layout import divisors, split_layers
+from trainwright.planner.legality import is_legal
+from trainwright.planner.plan import ContextMethod, Plan, Precision, Recompute, ScheduleName
+from trainwright.planner.schedules import SCHEDULES
+
+_METHODS: tuple[ContextMethod, ...] = ("ring", "all_gather", "ulysses")
+_SCHEDULES: tuple[ScheduleName, ...] = (
+    "gpipe",
+    "1f1b",
+    "interleaved",
+    "zero_bubble",
+    "zbv",
+    "dualpipev",
+)
+
+
+def enumerate_plans(
+    config: DecoderConfig,
+    world_size: int,
+    *,
+    sequence_length: int,
+    batch_sequences: int,
+    recomputes: Sequence[Recompute] = ("none", "full", "selective"),
+    schedules: Sequence[ScheduleName] = _SCHEDULES,
+    cp_methods: Sequence[ContextMethod] = _METHODS,
+    precision: Precision = "fp32",
+    optimizer: str = "adamw",
+    threads: int = 1,
+) -> list[Plan]:
+    """All legal plans on exactly `world_size` workers: degrees, ZeRO stages, schedules, methods.
+
+    All train on the same global batch. Micro-batches are as small as a pipeline likes them, one
+    row, and elsewhere two a step where the rows allow it, so that accumulation is seen as well.
+    The order is fixed, from few dimensions above 1 to many.
+    """
+    plans = []
+    for degrees in _degrees(world_size):
+        pp, dp_replicate, dp_shard, cp, tp, ep = degrees
+        for zero, (schedule, virtual), method, recompute in itertools.product(
+            (1, 2, 3) if dp_shard > 1 else (0,),
+            _pipelines(schedules) if pp > 1 else (("1f1b", 1),),
+            cp_methods if cp > 1 else ("ring",),
+            recomputes,
+        ):
+            candidate = Candidate(
+                world=world_size,
+                pp=pp,
+                dp_replicate=dp_replicate,
+                dp_shard=dp_shard,
+                cp=cp,
+                tp=tp,
+                ep=ep,
+                zero=zero,
+                schedule=schedule,
+                virtual_stages=virtual,
+                cp_method=method,
+                recompute=recompute,
+                compile=False,
+                precision=precision,
+                optimizer=optimizer,
+                sequence_length=sequence_length,
+                rows=batch_sequences,
+                device="cpu",
+                model=config,
+                native=True,
+            )
+            rows = candidate.own_rows
+            if rows is None:
+                continue
+            candidate = replace(candidate, micro_batch=_micro_batch(rows, pp))
+            if is_legal(candidate):
+                plans.append(_plan(candidate, config, threads))
+    return sorted(plans, key=_dimensions)
+
+
+def dimensions(plan: Plan) -> tuple[str, ...]:
+    """The dimensions of parallelism that are above 1."""
+    names = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")
+    return tuple(name for name in names if getattr(plan, name) > 1)
+
+
+def _dimensions(plan: Plan) -> int:
+    return len(dimensions(plan))
+
+
+def _degrees(world: int) -> Iterator[tuple[int, int, int, int, int, int]]:
+    """pp, dp_replicate, dp_shard, cp, tp whose product is `world`, and ep within dp_shard."""
+    for pp in divisors(world):
+        for dp_replicate in divisors(world // pp):
+            for dp_shard in divisors(world // pp // dp_replicate):
+                rest = world // pp // dp_replicate // dp_shard
+                for cp, ep in itertools.product(divisors(rest), divisors(dp_shard)):
+                    yield pp, dp_replicate, dp_shard, cp, rest // cp, ep
+
+
+def _pipelines(schedules: Sequence[ScheduleName]) -> Iterator[tuple[ScheduleName, int]]:
+    """Schedules, each with the stages a worker that it can have: the fewest, and two."""
+    for name in schedules:
+        kind = SCHEDULES[name]
+        for virtual in (1, 2):
+            if kind.least_virtual <= virtual <= (kind.most_virtual or virtual):
+                yield name, virtual
+
+
+def _micro_batch(rows: int, pp: int) -> int:
+    if pp > 1:
+        return 1
+    return rows // 2 if rows % 2 == 0 else rows
+
+
+def _plan(candidate: Candidate, config: DecoderConfig, threads: int) -> Plan:
+    c = candidate
+    assert c.own_rows is not None and c.micro_batch is not None and c.sequence_length is not None
+    return Plan(
+        world_size=c.world,
+        dp_replicate=c.dp_replicate,
+        dp_shard=c.dp_shard,
+        micro_batch=c.micro_batch,
+        accumulation=c.own_rows // c.micro_batch,
+        threads=threads,
+        precision=c.precision,
+        recompute=c.recompute,
+        compile=False,
+        device="cpu",
+        sequence_length=c.sequence_length,
+        optimizer=c.optimizer,
+        pp=c.pp,
+        cp=c.cp,
+        tp=c.tp,
+        ep=c.ep,
+        zero=c.zero,
+        schedule=c.schedule,
+        virtual_stages=c.virtual_stages,
+        stage_layers=split_layers(config, c.stages) if c.pp > 1 else (),
+        cp_method=c.cp_method,
+    )

@@ -1,0 +1,89 @@
+"""What the rules of legality look at in a candidate, and how they put it in words. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from trainwright.planner.candidate import DEGREES, Candidate
+from trainwright.planner.schedules import schedule_mistakes
+
+
+def cuts(size: Callable[[Any], int]) -> Callable[[Candidate], bool]:
+    """Whether tp divides a size of the model."""
+    return lambda c: c.model is None or size(c.model) % c.tp == 0
+
+
+def widths(model: Any) -> list[tuple[str, int]]:
+    """The feed-forward widths that tp cuts, by Hugging Face's names."""
+    experts = model.experts
+    if experts is None:
+        return [("intermediate_size", model.intermediate_size)]
+    widths = [("experts' width", experts.width)]
+    if experts.shared_width:
+        widths.append(("shared expert's width", experts.shared_width))
+    if not all(experts.layers):
+        widths.append(("intermediate_size", model.intermediate_size))
+    return widths
+
+
+def kv_heads_fit(c: Candidate) -> bool:
+    return c.model is None or c.model.num_kv_heads % c.tp == 0 or c.tp % c.model.num_kv_heads == 0
+
+
+def own_heads(c: Candidate) -> tuple[int, int]:
+    """Query heads and key-value heads of a worker under tp."""
+    assert c.model is not None
+    return c.model.num_heads // c.tp, max(1, c.model.num_kv_heads // c.tp)
+
+
+def ulysses_fits(c: Candidate) -> bool:
+    if c.cp == 1 or c.cp_method != "ulysses" or c.model is None:
+        return True
+    heads, key_values = own_heads(c)
+    # Key-value heads that do not divide by cp are repeated until they do.
+    return heads % math.lcm(key_values, c.cp) == 0
+
+
+def stages_in_words(c: Candidate) -> str:
+    return f"{c.stages} stages" if c.stages > 1 else "no pipeline"
+
+
+def workers_say(c: Candidate) -> str:
+    there = "1 worker" if c.world == 1 else f"{c.world} workers"
+    given = [a for a in DEGREES if a not in c.derived and (getattr(c, a) > 1 or a[:2] == "dp")]
+    words = " × ".join(f"{axis} {getattr(c, axis)}" for axis in given)
+    if {"dp_replicate", "dp_shard"} & c.derived:
+        return f"{words} {'do' if len(given) > 1 else 'does'} not divide {there}"
+    many = "1 worker" if c.product == 1 else f"{c.product} workers"
+    return f"{words} make {many}, but there {'is' if c.world == 1 else 'are'} {c.world}"
+
+
+def workers_key(c: Candidate) -> str:
+    order = ("dp_replicate", "dp_shard", "pp", "cp", "tp")
+    given = [axis for axis in order if axis not in c.derived and getattr(c, axis) > 1]
+    return f"parallel.{given[0] if given else 'dp_replicate'}"
+
+
+def schedule_fits(c: Candidate, key: str) -> bool:
+    return not schedule_faults(c, key)
+
+
+def schedule_faults(c: Candidate, key: str) -> list[str]:
+    """What `planner.schedules` has against the schedule, as far as it blames `key`."""
+    if c.pp == 1:
+        return []
+    many = c.most_micro_batches if c.most_micro_batches is not None else 1 << 30
+    found = schedule_mistakes(c.schedule, c.pp, c.virtual_stages, many)
+    return [mistake.what for mistake in found if mistake.key == key]
+
+
+def has_budget(c: Candidate) -> bool:
+    return any(not isinstance(policy, str) for policy in c.recomputes)
+
+
+def data_ranks_in_words(c: Candidate) -> str:
+    """ "4 workers", or "4 data ranks" where several workers share their rows."""
+    kind = "worker" if c.data_ranks == c.world else "data rank"
+    return f"{c.data_ranks} {kind}{'' if c.data_ranks == 1 else 's'}"

@@ -1,0 +1,129 @@
+"""A plan in words: how the work is spread, what a worker holds, how long a pipeline idles."""
+
+from __future__ import annotations
+
+import math
+
+from trainwright.models.families import DecoderConfig
+from trainwright.planner import memory
+from trainwright.planner.plan import Plan
+from trainwright.planner.schedules import make_schedule, placement
+from trainwright.planner.shapes import flops_per_token, parameter_count
+from trainwright.planner.timeline import simulate
+
+_ZERO = {
+    1: "optimizer state sharded (ZeRO-1)",
+    2: "gradients and optimizer state sharded (ZeRO-2)",
+    3: "weights sharded over all (FSDP)",
+}
+
+
+def explain_plan(plan: Plan, config: DecoderConfig | None) -> list[tuple[str, str]]:
+    """Rows for the screen, name and value; sizes and costs only where `config` is known."""
+    rows = [
+        ("workers", _workers(plan)),
+        *_layout(plan),
+        ("batch", f"{plan.batch_sequences} rows = {plan.batch_tokens:,} tokens a step"),
+        ("micro-batches", f"{plan.accumulation} × {plan.micro_batch} rows a worker"),
+        ("precision", plan.precision),
+        ("recompute", _recompute(plan)),
+        ("compile", "on" if plan.compile else "off"),
+    ]
+    if config is None:
+        return rows
+    flops = 3 * flops_per_token(config, plan.sequence_length) * plan.batch_tokens
+    states = memory.state_bytes(config, plan).total
+    activations = plan.micro_batch * memory.activation_bytes(config, plan)
+    return [
+        ("parameters", f"{parameter_count(config):,}"),
+        *rows,
+        ("model FLOPs", f"{in_words(flops, 'FLOP')} a step"),
+        ("states", f"{in_bytes(states)} a worker"),
+        ("activations", f"{in_bytes(activations + memory.head_bytes(config, plan))} a worker"),
+    ]
+
+
+def bubble(plan: Plan) -> float:
+    """Share of a step that the pipeline's workers idle, with equal stages; 0 without a pipeline.
+
+    Simulated with a backward pass that takes twice a forward pass, half of it for the weights.
+    """
+    if plan.pp == 1:
+        return 0.0
+    schedule = make_schedule(plan.schedule, plan.pp, plan.virtual_stages, plan.accumulation)
+    ranks = placement(plan.schedule, plan.pp, plan.virtual_stages)
+    even = [1.0] * len(ranks)
+    timeline = simulate(schedule, ranks, even, even, even)
+    return sum(timeline.idle) / len(timeline.idle)
+
+
+def _workers(plan: Plan) -> str:
+    on_cpu = plan.device == "cpu"
+    threads = "1 thread" if plan.threads == 1 else f"{plan.threads} threads"
+    if plan.world_size == 1:
+        return f"1 {'process on the CPU' if on_cpu else 'GPU'}, {threads}"
+    if plan.dp_shard == 1:
+        layout = "each with whole weights (DDP)" if plan.dp_replicate > 1 else ""
+    elif plan.dp_replicate == 1:
+        layout = _ZERO[plan.zero]
+    else:
+        layout = f"{plan.dp_replicate} replicas of {plan.dp_shard} shards (HSDP)"
+        layout += f", {_ZERO[plan.zero]}" if plan.zero < 3 else ""
+    kind = "processes on the CPU" if on_cpu else "GPUs"
+    return ", ".join(filter(None, [f"{plan.world_size} {kind}", layout, f"{threads} each"]))
+
+
+def _layout(plan: Plan) -> list[tuple[str, str]]:
+    """What cuts the model and its rows, besides data parallelism; only what is above 1."""
+    rows = []
+    if plan.data_ranks > 1 and plan.data_ranks < plan.world_size:
+        parts = [("replicas", plan.dp_replicate), ("shards", plan.dp_shard)]
+        words = " × ".join(f"{size} {name}" for name, size in parts if size > 1)
+        rows.append(("data", f"rows over {words}"))
+    if plan.tp > 1:
+        rows.append(("tensor", f"products and the stream cut over {plan.tp} workers"))
+    if plan.cp > 1:
+        method = plan.cp_method.replace("_", "-")
+        rows.append(("context", f"each row's tokens over {plan.cp} workers ({method})"))
+    if plan.ep > 1:
+        rows.append(("experts", f"dealt out over {plan.ep} workers"))
+    if plan.pp > 1:
+        layers = " ".join(map(str, plan.stage_layers))
+        rows.append(
+            (
+                "pipeline",
+                f"{plan.stages} stages on {plan.pp} workers"
+                + (f" of {layers} layers" if layers else "")
+                + f", {plan.schedule}, idle {bubble(plan):.0%} of the time",
+            )
+        )
+    if plan.offload != "none" or plan.activation_offload:
+        what = {"none": [], "optimizer": ["optimizer state"], "parameters": ["weights and states"]}
+        moved = what[plan.offload] + ["activations"] * plan.activation_offload
+        rows.append(("offloaded", f"{' and '.join(moved)} to the host's memory"))
+    return rows
+
+
+def _recompute(plan: Plan) -> str:
+    if plan.recompute_by_stage:
+        return "by stage: " + " ".join(map(_policy, plan.recompute_by_stage))
+    return _policy(plan.recompute)
+
+
+def _policy(policy: str | float) -> str:
+    return policy if isinstance(policy, str) else f"to {policy:.0%} of the memory"
+
+
+def in_bytes(count: float) -> str:
+    """A number of bytes as a person reads it: "1.5 GiB"."""
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if abs(count) < 1024 or unit == "TiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError("not reached")
+
+
+def in_words(count: float, unit: str) -> str:
+    """A large count with its prefix: "3.2 TFLOP"."""
+    power = min(6, max(0, int(math.log10(count) // 3))) if count > 0 else 0
+    return f"{count / 1000**power:.1f} {['', 'k', 'M', 'G', 'T', 'P', 'E'][power]}{unit}"

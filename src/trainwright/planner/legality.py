@@ -1,0 +1,182 @@
+"""What is wrong with a way to spread a run, and the nearest way that is legal. No torch."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+from typing import Any
+
+from trainwright.errors import Mistake
+from trainwright.planner.candidate import DEGREES, Candidate
+from trainwright.planner.rules import RULES, Rule
+
+# How far a change of a field is, beside doubling or halving a degree, which counts 1.
+_DISTANCES = {
+    "zero": 0.5,
+    "schedule": 1.0,
+    "virtual_stages": 0.4,
+    "stage_layers": 0.4,
+    "recompute_by_stage": 0.6,
+    "cp_method": 0.7,
+    "offload": 1.0,
+    "recompute": 1.0,
+    "compile": 0.5,
+    "optimizer": 2.0,
+    "precision": 3.0,
+    "dropout": 3.0,
+    "router_keys": 3.0,
+}
+_FIELDS = (*DEGREES, "ep", *_DISTANCES, "sequence_length", "rows", "micro_batch")
+_MOST_TRIED = 20_000
+# Fields that a user would sooner leave out than set to what stands here.
+_LEFT_OUT: dict[str, Any] = {
+    "zero": 0,
+    "stage_layers": (),
+    "recompute_by_stage": (),
+    "dropout": 0.0,
+}
+_SECTIONS = {
+    "recompute": "training",
+    "compile": "training",
+    "precision": "training",
+    "dropout": "training",
+    "sequence_length": "data",
+}
+
+
+def broken_rules(candidate: Candidate) -> list[Rule]:
+    """The rules that do not hold for the candidate, in the table's order."""
+    return [rule for rule in RULES if not rule.holds(candidate)]
+
+
+def is_legal(candidate: Candidate) -> bool:
+    """Whether every rule holds."""
+    return all(rule.holds(candidate) for rule in RULES)
+
+
+def nearest_legal(candidate: Candidate) -> Candidate | None:
+    """A legal candidate that differs from this one as little as can be; None if none is found.
+
+    A best-first search over the changes that broken rules propose: degrees count by their ratio,
+    features as `_DISTANCES` has them, and what is derived counts nothing.
+    """
+    order = itertools.count()
+    waiting = [(0.0, next(order), candidate)]
+    seen = {_identity(candidate)}
+    for _ in range(_MOST_TRIED):
+        if not waiting:
+            return None
+        _, _, nearest = heapq.heappop(waiting)
+        broken = next((rule for rule in RULES if not rule.holds(nearest)), None)
+        if broken is None:
+            return nearest
+        for change in broken.mends(nearest):
+            other = nearest.changed(**change)
+            identity = _identity(other)
+            if identity not in seen:
+                seen.add(identity)
+                heapq.heappush(waiting, (distance(candidate, other), next(order), other))
+    return None
+
+
+def legality_mistakes(candidate: Candidate) -> list[Mistake]:
+    """Everything that is wrong with the candidate, each with what would make it legal.
+
+    Each mistake tells those changes towards the nearest legal candidate that concern it; the first
+    one also those that follow from them.
+    """
+    broken = broken_rules(candidate)
+    if not broken:
+        return []
+    nearest = nearest_legal(candidate)
+    if nearest is None:
+        fix = "docs/parallelism.md says what works with what"
+        return [Mistake(rule.says(candidate), fix, rule.key_of(candidate)) for rule in broken]
+    changes = _changes(candidate, nearest)
+    told = {key for rule in broken for key in _blamed(rule, candidate)}
+    mistakes = []
+    for number, rule in enumerate(broken):
+        keys = _blamed(rule, candidate)
+        own = {k: v for k, v in changes.items() if k in keys or (number == 0 and k not in told)}
+        fix = in_words(own or changes)
+        mistakes.append(Mistake(rule.says(candidate), fix + rule.hint, rule.key_of(candidate)))
+    return mistakes
+
+
+def distance(a: Candidate, b: Candidate) -> float:
+    """How far apart two candidates are; 0 where they differ in what is derived only."""
+    total = 0.0
+    for number, name in enumerate(_FIELDS):
+        before, after = getattr(a, name), getattr(b, name)
+        if before == after or name in a.derived:
+            continue
+        if name in _DISTANCES:
+            total += _DISTANCES[name]
+        elif name in ("sequence_length", "rows"):
+            total += 0.3 + 2 * abs(math.log2(after / before))
+        elif name == "micro_batch":
+            total += 0.2 + 0.5 * abs(math.log2(after / before))
+        else:
+            total += abs(math.log2(after / before))
+        # Of two that are equally far, the larger degree, and the outer axis.
+        total += 1e-3 * (number + 1) + (0 if type(after) is int and after > before else 1e-4)
+    return total
+
+
+def _identity(candidate: Candidate) -> tuple[Any, ...]:
+    return tuple(getattr(candidate, name) for name in _FIELDS)
+
+
+def _blamed(rule: Rule, candidate: Candidate) -> set[str]:
+    """Keys whose change is told with the rule."""
+    keys = {*rule.concerns, rule.key_of(candidate)}
+    if "training.batch_sequences" in keys:
+        keys.add("training.batch_tokens")
+    return keys
+
+
+def _changes(before: Candidate, after: Candidate) -> dict[str, str | None]:
+    """What a user would write, by key; None where a key is better left out."""
+    changes: dict[str, str | None] = {}
+    for name in _FIELDS:
+        old, new = getattr(before, name), getattr(after, name)
+        if old == new or name in before.derived:
+            continue
+        if name == "router_keys":
+            changes |= {f"training.{key}": None for key in old if key not in new}
+        elif name == "rows" and before.counts_tokens:
+            changes["training.batch_tokens"] = str(new * (after.sequence_length or 1))
+        elif name == "rows":
+            changes["training.batch_sequences"] = str(new)
+        else:
+            key = (
+                "optimizer.name"
+                if name == "optimizer"
+                else f"{_SECTIONS.get(name, 'parallel')}.{name}"
+            )
+            left_out = name in _LEFT_OUT and new == _LEFT_OUT[name]
+            changes[key] = None if left_out else _yaml(new)
+    return changes
+
+
+def _yaml(value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    return str(list(value)).replace("'", "") if isinstance(value, tuple) else str(value)
+
+
+def in_words(changes: dict[str, str | None]) -> str:
+    """Changes as an instruction: "write `tp: 2` and `cp: 1`, and leave `zero` out"."""
+    written = [f"`{key.rpartition('.')[2]}: {value}`" for key, value in changes.items() if value]
+    dropped = [f"`{key.rpartition('.')[2]}`" for key, value in changes.items() if value is None]
+    parts = []
+    if written:
+        parts.append(f"write {_listed(written)}")
+    if dropped:
+        parts.append(f"leave {_listed(dropped)} out")
+    return ", and ".join(parts)
+
+
+def _listed(words: list[str]) -> str:
+    return " and ".join(filter(None, [", ".join(words[:-1]), words[-1]]))

@@ -1,0 +1,217 @@
+"""From a recipe and a machine to a Plan: what is left out is derived, what is illegal refused."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from trainwright.errors import Mistake, UserError
+from trainwright.models.families import DecoderConfig
+from trainwright.planner import memory
+from trainwright.planner.candidate import Candidate, candidate_of
+from trainwright.planner.explain import in_bytes
+from trainwright.planner.known_model import known_config, known_native
+from trainwright.planner.layout import divisors, split_layers
+from trainwright.planner.legality import legality_mistakes
+from trainwright.planner.plan import Machine, Plan
+from trainwright.planner.schedules import schedule_mistakes
+from trainwright.planner.shapes import flops_per_token
+from trainwright.recipe.schema import DataSection, Recipe, Training
+
+# A micro-batch on a CPU gains nothing beyond this, and holds memory that caches want.
+_CPU_MOST_ROWS, _MOST_TOKENS = 16, 16_384
+_MEMORY_SHARE = 0.5  # of the memory, for what the closed formulas know
+# Micro-batches for each pipeline worker: a fifth of the step is then the most that 1F1B idles.
+_MICRO_BATCHES_A_STAGE = 4
+
+# When compiling pays on a CPU: measured on one with AMX, rounded to the careful side.
+_COMPILE_SECONDS = 40.0
+_COMPILE_GAIN = 1.2
+_CPU_FLOPS_PER_CORE = 0.15e12
+
+
+def make_plan(
+    recipe: Recipe,
+    machine: Machine,
+    config: DecoderConfig | None = None,
+    steps: int | None = None,
+    native: bool | None = None,
+) -> Plan:
+    """The plan of `recipe` on `machine`.
+
+    `config` is the model where the caller knows it better than the recipe tells (a hub id), and
+    `steps` the length of the run where only the data tells (epochs); `native` says whether the
+    model is one of our families, where that is known. Raises `UserError` with every reason why the
+    recipe cannot run there, each with the nearest value that can.
+    """
+    config = config or known_config(recipe.model, recipe.tokenizer)
+    if native is None:
+        native = True if config is not None else known_native(recipe.model)
+    candidate = candidate_of(
+        recipe.parallel,
+        recipe.training,
+        world=_world_size(recipe, machine),
+        optimizer=recipe.optimizer.name,
+        sequence_length=recipe.data.sequence_length,
+        model=config,
+        native=native,
+        device=machine.device_kind,
+        has_float8=machine.has_float8,
+        has_compiler=machine.can_compile,
+    )
+    mistakes = [*batch_tokens_mistakes(recipe.training, recipe.data), *legality_mistakes(candidate)]
+    if mistakes:
+        raise UserError(mistakes)
+    plan = _smallest(recipe, machine, candidate, config, steps)
+    rows = candidate.own_rows
+    assert rows is not None
+    micro = candidate.micro_batch
+    if micro is None:
+        most = _most_rows(plan, machine, config, rows)
+        micro = max(n for n in divisors(rows) if n <= most)
+    elif config is not None:
+        _room(plan, machine, config)
+    return replace(plan, micro_batch=micro, accumulation=rows // micro)
+
+
+def batch_tokens_mistakes(training: Training, data: DataSection) -> list[Mistake]:
+    """A batch in tokens that is no whole number of rows."""
+    tokens, unit = training.batch_tokens, data.sequence_length
+    if tokens is None or tokens % unit == 0:
+        return []
+    below, above = tokens // unit * unit, (tokens // unit + 1) * unit
+    near = " or ".join(f"`batch_tokens: {n}`" for n in (below, above) if n)
+    what = f"{tokens:,} tokens are no whole number of rows of {unit:,} tokens"
+    return [Mistake(what, f"write {near}", key="training.batch_tokens")]
+
+
+def _smallest(
+    recipe: Recipe,
+    machine: Machine,
+    candidate: Candidate,
+    config: DecoderConfig | None,
+    steps: int | None,
+) -> Plan:
+    """The plan with micro-batches of one row."""
+    c, parallel, world = candidate, recipe.parallel, candidate.world
+    local = min(world, machine.devices) if machine.device_kind == "cuda" else world
+    layers = c.stage_layers
+    if c.pp > 1 and not layers and config is not None:
+        layers = split_layers(config, c.stages)
+    return Plan(
+        world_size=world,
+        dp_replicate=c.dp_replicate,
+        dp_shard=c.dp_shard,
+        micro_batch=1,
+        accumulation=c.own_rows or 1,
+        threads=max(1, machine.cores // local) if parallel.threads == "auto" else parallel.threads,
+        precision=c.precision,
+        recompute=c.recompute,
+        compile=_compiles(recipe, machine, candidate, config, steps),
+        device=machine.device_kind,
+        sequence_length=recipe.data.sequence_length,
+        optimizer=c.optimizer,
+        pp=c.pp,
+        cp=c.cp,
+        tp=c.tp,
+        ep=c.ep,
+        zero=c.zero,
+        schedule=c.schedule,
+        virtual_stages=c.virtual_stages,
+        stage_layers=layers,
+        cp_method=c.cp_method,
+        offload=c.offload,
+        recompute_by_stage=c.recompute_by_stage,
+        activation_offload=recipe.training.activation_offload,
+    )
+
+
+def _world_size(recipe: Recipe, machine: Machine) -> int:
+    workers = recipe.parallel.workers
+    if machine.launched:
+        if isinstance(workers, int) and machine.launched % workers:
+            what = f"a launcher has started {machine.launched} workers"
+            fix = "write `workers: auto`, or the launcher's number for one machine"
+            raise UserError(Mistake(what, fix, key="parallel.workers"))
+        return machine.launched
+    if workers == "auto":
+        return machine.devices if machine.device_kind == "cuda" else 1
+    if machine.device_kind == "cuda" and workers > machine.devices:
+        has = "1 GPU" if machine.devices == 1 else f"{machine.devices} GPUs"
+        what = f"{workers} workers need a GPU each, and this machine has {has}"
+        raise UserError(
+            Mistake(what, f"write `workers: {machine.devices}`", key="parallel.workers")
+        )
+    return workers
+
+
+def _room(plan: Plan, machine: Machine, config: DecoderConfig) -> float:
+    """Bytes that a worker has for activations. Raises `UserError` where not even states fit."""
+    on_cpu = machine.device_kind == "cpu"
+    own = machine.memory_bytes / (plan.world_size if on_cpu else 1)
+    states = memory.state_bytes(config, plan).total
+    if states > own:
+        where = "worker" if on_cpu else "GPU"
+        raise UserError(
+            Mistake(
+                f"weights, gradients and optimizer state take {in_bytes(states)} a {where}, which "
+                f"has {in_bytes(own)}",
+                "choose a smaller model, "
+                + ("fewer workers" if on_cpu and plan.dp_shard == 1 else "more workers")
+                + (" with `dp_shard`" if plan.dp_shard > 1 or not on_cpu else "")
+                + ", or `optimizer: adamw-8bit`",
+                key="model",
+            )
+        )
+    return own * _MEMORY_SHARE - states - memory.head_bytes(config, plan)
+
+
+def _most_rows(plan: Plan, machine: Machine, config: DecoderConfig | None, rows: int) -> int:
+    """Rows of a micro-batch that fit and keep a pipeline busy; at least 1."""
+    room = None if config is None else _room(plan, machine, config)
+    most = float("inf")
+    if config is None or room is None or machine.device_kind == "cpu":
+        most = min(_CPU_MOST_ROWS, max(1, _MOST_TOKENS // plan.sequence_length))
+    if config is not None and room is not None:
+        most = min(most, room // memory.activation_bytes(config, plan))
+    if plan.pp > 1:
+        most = min(most, max(1, rows // (_MICRO_BATCHES_A_STAGE * plan.pp)))
+        legal = [
+            n
+            for n in divisors(rows)
+            if not schedule_mistakes(plan.schedule, plan.pp, plan.virtual_stages, rows // n)
+        ]
+        most = min(most, max(legal))
+    return max(1, int(min(most, rows)))
+
+
+def _compiles(
+    recipe: Recipe,
+    machine: Machine,
+    candidate: Candidate,
+    config: DecoderConfig | None,
+    steps: int | None,
+) -> bool:
+    """Whether blocks are compiled: as the recipe says, or where it repays its own time."""
+    training = recipe.training
+    if training.compile != "auto":
+        return training.compile
+    if any(not isinstance(policy, str) for policy in candidate.recomputes):
+        return True  # a memory budget is met by nothing else
+    # Collectives inside a block break what is compiled into pieces that gain nothing.
+    if (
+        not machine.can_compile
+        or candidate.splits
+        or candidate.tp * candidate.cp * candidate.ep > 1
+    ):
+        return False
+    if machine.device_kind == "cuda":
+        return True
+    tokens = training.tokens
+    steps = steps or training.steps
+    if steps is not None:
+        tokens = steps * recipe.batch_sequences * recipe.data.sequence_length
+    if training.precision != "bf16" or config is None or tokens is None:
+        return False
+    flops = 3 * flops_per_token(config, recipe.data.sequence_length) * tokens
+    seconds = flops / (_CPU_FLOPS_PER_CORE * machine.cores)
+    return seconds * (1 - 1 / _COMPILE_GAIN) > _COMPILE_SECONDS
