@@ -50,3 +50,4 @@ format: install  ## rewrite the code as the checks want it
 .PHONY: docs
 docs: install  ## the generated pages of docs/
 	$(BIN)/python -m trainwright.recipe.schema_export docs/recipe.md
+	$(BIN)/python -m trainwright.planner.parallelism_page docs/parallelism.md

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -29,6 +30,21 @@ LLAMA3 = {
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 LONG = {"short_factor": [1.0, 1.1, 1.3], "long_factor": [1.5, 2.0, 4.0], "rope_type": "longrope"}
 
+DEEPSEEK: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 20,
+    "n_routed_experts": 12,
+    "num_experts_per_tok": 3,
+    "n_group": 3,
+    "topk_group": 2,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 18,
+    "q_lora_rank": 22,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 6,
+    "v_head_dim": 14,
+}
 # name → (family, keys over SHAPE)
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),
@@ -144,6 +160,62 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "attention_bias": True,
         },
     ),
+    "mixtral": (
+        "mixtral",
+        {"num_local_experts": 5, "num_experts_per_tok": 2, "sliding_window": 5},
+    ),
+    "qwen2_moe": (
+        "qwen2_moe",
+        {
+            "moe_intermediate_size": 20,
+            "shared_expert_intermediate_size": 28,
+            "num_experts": 6,
+            "num_experts_per_tok": 3,
+            "use_sliding_window": True,
+            "sliding_window": 5,
+            "max_window_layers": 3,
+            "mlp_only_layers": [1],
+        },
+    ),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {
+            "head_dim": 14,
+            "moe_intermediate_size": 18,
+            "num_experts": 8,
+            "num_experts_per_tok": 3,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 2,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "qwen3_moe-plain-sums": (
+        "qwen3_moe",
+        {
+            "moe_intermediate_size": 24,
+            "num_experts": 4,
+            "num_experts_per_tok": 1,
+            "attention_bias": True,
+            "use_sliding_window": True,
+            "sliding_window": 7,
+        },
+    ),
+    "olmoe": ("olmoe", {"num_experts": 6, "num_experts_per_tok": 4, "num_key_value_heads": 4}),
+    "deepseek": ("deepseek_v3", DEEPSEEK),
+    "deepseek-yarn": (
+        "deepseek_v3",
+        {
+            **DEEPSEEK,
+            "q_lora_rank": None,
+            "rms_norm_eps": 1e-3,
+            "attention_bias": True,
+            "norm_topk_prob": False,
+            "n_group": 1,
+            "topk_group": 1,
+            "rope_scaling": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.8},
+        },
+    ),
+    "deepseek-halves": ("deepseek_v3", {**DEEPSEEK, "rope_interleave": False}),
 }
 # Their angles change with the document's length, and a cache keeps keys as they were turned: the
 # whole at once is another matter than step by step, in transformers too.
@@ -165,7 +237,9 @@ def reference_model(hf: dict[str, Any]) -> Any:
 
     keys = {key: value for key, value in hf.items() if key not in ("model_type", "architectures")}
     config = AutoConfig.for_model(hf["model_type"], **keys)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    model = AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager", experts_implementation="eager"
+    ).eval()
     randomise(model)
     return model
 
@@ -178,16 +252,31 @@ def randomise(model: nn.Module, seed: int = 0) -> None:
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * spread)
             if parameter.dim() == 1:
                 parameter += 0.3
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.2)
 
 
 def decoder_like(reference: Any, hf: dict[str, Any]) -> Decoder:
     """Our decoder with the reference's weights, by name."""
     decoder = Decoder(decoder_config(hf)).eval()
-    state = reference.state_dict()
+    state = by_our_names(reference.state_dict())
     if decoder.config.tied_embeddings:
         del state["lm_head.weight"]
     decoder.load_state_dict(state)
     return decoder
+
+
+def by_our_names(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """transformers' tensors as we name them: it stacks gates and ups of experts in one tensor."""
+    result = {}
+    for name, tensor in tensors.items():
+        if name.endswith("experts.gate_up_proj"):
+            prefix = name.removesuffix("gate_up_proj")
+            result[f"{prefix}gate_proj"], result[f"{prefix}up_proj"] = tensor.chunk(2, dim=1)
+        else:
+            result[name] = tensor
+    return result
 
 
 def tokens(rows: int, length: int, seed: int = 1) -> torch.Tensor:

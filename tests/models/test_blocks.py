@@ -74,7 +74,8 @@ def test_the_stream_is_bf16_under_autocast(name: str) -> None:
     assert logits.dtype == torch.float32
     exact = decoder(tokens(2, 12), segment_ids=SEGMENTS)
     error = (logits - exact)[:, :-1].square().mean().sqrt() / exact[:, :-1].square().mean().sqrt()
-    assert error < 0.05
+    # Rounding changes an expert that is chosen here and there.
+    assert error < (0.05 if decoder.config.experts is None else 0.15)
     logits.mean().backward()
     assert {p.grad.dtype for p in decoder.parameters()} == {torch.float32}
 

@@ -27,12 +27,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 48, "n_layer": 2, "n_head": 4, "n_positions": 40},
     "gpt_neox": {**SIZES, "max_position_embeddings": 64},
     "cohere": {**SIZES, "logit_scale": 0.25},
-    "mixtral": {**SIZES, "num_local_experts": 4, "sliding_window": 5},
+    "granitemoe": {**SIZES, "num_local_experts": 4, "num_experts_per_tok": 2},
     "olmo3": {**SIZES, "sliding_window": 5},
     "bloom": {"hidden_size": 48, "n_layer": 2, "n_head": 4},
     "mamba": {"hidden_size": 48, "num_hidden_layers": 2, "state_size": 4},
 }
-PACKS = ("gpt2", "gpt_neox", "cohere", "mixtral", "olmo3")
+PACKS = ("gpt2", "gpt_neox", "cohere", "granitemoe", "olmo3")
 
 
 @pytest.fixture(scope="module")

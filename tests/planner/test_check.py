@@ -131,6 +131,22 @@ CASES: dict[str, tuple[str, str, str, str, list[str]]] = {
         "  batch_sequences: 4", "  batch_sequences: 4\nparallel: {workers: 3}", "12",
         "training.batch_sequences", ["4 rows", "3 workers", "`batch_sequences: 3`"],
     ),
+    "tensor degree against heads, vocabulary and key-value heads at once": (
+        "  batch_sequences: 4", "  batch_sequences: 4\nparallel: {tp: 8}", "13", "parallel.tp",
+        ["`tp: 4`"],
+    ),
+    "a pipeline of more stages than layers": (
+        "  batch_sequences: 4", "  batch_sequences: 4\nparallel: {pp: 8}", "13", "parallel.pp",
+        ["8 pipeline stages are more than the model's 4 layers", "`pp: 4`"],
+    ),
+    "a budget without the compiler": (
+        "  batch_sequences: 4", "  batch_sequences: 4\n  recompute: 0.5\n  compile: false", "13",
+        "training.recompute", ["needs torch.compile, which is off", "`compile: auto`"],
+    ),
+    "a router in a dense model": (
+        "  batch_sequences: 4", "  batch_sequences: 4\n  router_z_loss: 0.1", "13",
+        "training.router_z_loss", ["no router", "leave `router_z_loss` out"],
+    ),
     "degrees do not make the workers": (
         "  batch_sequences: 4",
         "  batch_sequences: 4\nparallel: {workers: 4, dp_shard: 4, dp_replicate: 2}", "13",

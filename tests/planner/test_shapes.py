@@ -27,6 +27,21 @@ ODD = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
+DEEPSEEK: dict[str, Any] = {
+    "num_key_value_heads": 6,
+    "moe_intermediate_size": 22,
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 2,
+    "n_shared_experts": 2,
+    "first_k_dense_replace": 2,
+    "kv_lora_rank": 18,
+    "q_lora_rank": 26,
+    "qk_nope_head_dim": 10,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 12,
+}
 CASES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {}),
     ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
@@ -44,6 +59,25 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("olmo2", {"attention_bias": True, "num_key_value_heads": 6}),
     ("smollm3", {"attention_bias": True, "mlp_bias": True}),
     ("granite", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
+    ("mixtral", {"num_local_experts": 5, "num_experts_per_tok": 3}),
+    (
+        "qwen2_moe",
+        {
+            "num_experts": 7,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 22,
+            "shared_expert_intermediate_size": 34,
+            "mlp_only_layers": [1],
+        },
+    ),
+    (
+        "qwen3_moe",
+        {"num_experts": 6, "num_experts_per_tok": 1, "decoder_sparse_step": 2, "head_dim": 14},
+    ),
+    ("olmoe", {"num_experts": 4, "num_experts_per_tok": 4, "tie_word_embeddings": True}),
+    ("deepseek_v3", DEEPSEEK),
+    ("deepseek_v3", {**DEEPSEEK, "q_lora_rank": None, "attention_bias": True}),
+    ("deepseek_v3", {**DEEPSEEK, "attention_bias": True, "n_shared_experts": 1}),
 ]
 VOCABULARY = 91
 LENGTH = 24
@@ -56,6 +90,11 @@ def hf_model(config: dict[str, Any]) -> torch.nn.Module:
         return transformers.AutoModelForCausalLM.from_config(settings)
 
 
+def inside(module: torch.nn.Module, part: str) -> int:
+    """Parameters of `module` whose names have `part` in them."""
+    return sum(p.numel() for name, p in module.named_parameters() if part in name)
+
+
 @pytest.mark.parametrize(("family", "keys"), CASES, ids=lambda case: str(case)[:60])
 def test_parameters_are_those_of_transformers(family: str, keys: dict[str, Any]) -> None:
     config = new_hf_config(family, {**ODD, **keys}, VOCABULARY)
@@ -63,7 +102,17 @@ def test_parameters_are_those_of_transformers(family: str, keys: dict[str, Any])
     counted = count_parameters(decoder_config(config))
     assert counted.total == sum(p.numel() for p in model.parameters())
     assert counted.embedding == model.get_input_embeddings().weight.numel()
-    assert counted.block == sum(p.numel() for p in model.model.layers[0].parameters())
+    for layer, block in enumerate(model.model.layers):
+        part = counted.by_layer[layer]
+        assert part.total == sum(p.numel() for p in block.parameters())
+        assert part.attention == sum(p.numel() for p in block.self_attn.parameters())
+        assert part.experts == inside(block, ".experts.")
+        assert part.router == inside(block, "mlp.gate.")
+    assert counted.blocks == sum(p.numel() for p in model.model.layers.parameters())
+    assert counted.block == max(sum(p.numel() for p in b.parameters()) for b in model.model.layers)
+    spec = decoder_config(config).experts
+    active = 1 if spec is None else spec.per_token / spec.count
+    assert counted.active == counted.total - inside(model, ".experts.") * (1 - active)
 
 
 @pytest.mark.parametrize(("family", "keys"), CASES, ids=lambda case: str(case)[:60])
@@ -71,7 +120,9 @@ def test_flops_are_those_of_the_matrix_products_that_run(family: str, keys: dict
     hf_config = new_hf_config(family, {**ODD, **keys}, VOCABULARY)
     settings = transformers.AutoConfig.for_model(**hf_config)
     settings._attn_implementation = "eager"
-    model = transformers.AutoModelForCausalLM.from_config(settings).eval()
+    model = transformers.AutoModelForCausalLM.from_config(
+        settings, experts_implementation="eager"
+    ).eval()
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, LENGTH, dtype=torch.long))
     by_module = counter.get_flop_counts()
@@ -83,6 +134,8 @@ def test_flops_are_those_of_the_matrix_products_that_run(family: str, keys: dict
 
     config = decoder_config(hf_config)
     width = 4 * config.num_heads * config.head_dim
+    if config.latent is not None:
+        width = 2 * config.num_heads * (config.head_dim + config.latent.value_dim)
     ours = flops_per_token(config, LENGTH)
     causal = sum(width * visible_keys(LENGTH, window) for window in config.layer_windows)
     whole_square = width * LENGTH * config.num_layers  # what eager attention multiplies out
@@ -134,7 +187,34 @@ PUBLISHED = {
     ("smollm3", "3b"): 3_075_098_624,
     ("granite", "2b"): 2_533_531_648,
     ("granite", "8b"): 8_170_848_256,
+    ("mixtral", "47b"): 46_702_792_704,
+    ("qwen2_moe", "14b"): 14_315_784_192,
+    ("qwen3_moe", "30b"): 30_532_122_624,
+    ("qwen3_moe", "235b"): 235_093_634_560,
+    ("olmoe", "7b"): 6_919_161_856,
+    ("deepseek_v3", "671b"): 671_026_404_352,
 }
+
+
+# Of the published models' cards, in billions.
+ACTIVE = {
+    ("mixtral", "47b"): 12.9,
+    ("qwen2_moe", "14b"): 2.7,
+    ("qwen3_moe", "30b"): 3.3,
+    ("qwen3_moe", "235b"): 22,
+    ("olmoe", "7b"): 1.3,
+    ("deepseek_v3", "671b"): 37,
+}
+
+
+@pytest.mark.parametrize("name", ACTIVE, ids=str)
+def test_active_parameters_are_those_of_the_cards(name: tuple[str, str]) -> None:
+    [preset] = [each for each in TABLE if (each.family, each.size) == name]
+    config = decoder_config(new_hf_config(preset.family, preset.config, preset.vocabulary))
+    counted = count_parameters(config)
+    # Cards count the embedding, or leave it out.
+    both = (counted.active, counted.active - counted.embedding)
+    assert any(count / 1e9 == pytest.approx(ACTIVE[name], rel=0.03) for count in both), both
 
 
 @pytest.mark.parametrize("preset", TABLE, ids=lambda preset: f"{preset.family}-{preset.size}")

@@ -47,6 +47,30 @@ CASES: dict[str, tuple[str, str, int, str, list[str]]] = {
         "  steps: 10", "  steps: 10\n  zzz: 1", 12, "training.zzz",
         ["unknown key `zzz`", "the keys here are `steps`"],
     ),
+    "unknown key, other trainers' parallelism": (
+        "schedule: cosine", "schedule: cosine\nparallel: {tensor_parallel_size: 2}", 17,
+        "parallel.tensor_parallel_size", ["here it is called `parallel.tp`"],
+    ),
+    "a stage of ZeRO that there is not": (
+        "schedule: cosine", "schedule: cosine\nparallel: {zero: 4}", 17, "parallel.zero",
+        ["expected `1`, `2` or `3`, found `4`", "`zero: 3`"],
+    ),
+    "a pipeline schedule, misspelt": (
+        "schedule: cosine", "schedule: cosine\nparallel: {schedule: zero-bubble}", 17,
+        "parallel.schedule", ["did you mean `zero_bubble`?"],
+    ),
+    "recompute, neither a name nor a share": (
+        "  steps: 10", "  steps: 10\n  recompute: 1.5", 12, "training.recompute",
+        ["expected `none`, `full`, `selective` or a number from 0 to 1", "found `1.5`"],
+    ),
+    "recompute of a stage": (
+        "schedule: cosine", "schedule: cosine\nparallel: {recompute_by_stage: [full, all]}", 17,
+        "parallel.recompute_by_stage.1", ["`none`, `full`, `selective` or a number"],
+    ),
+    "a stage without layers": (
+        "schedule: cosine", "schedule: cosine\nparallel: {stage_layers: [4, 0]}", 17,
+        "parallel.stage_layers.1", ["expected a whole number above 0"],
+    ),
     "gradient accumulation": (
         "  steps: 10", "  steps: 10\n  gradient_accumulation_steps: 4", 12,
         "training.gradient_accumulation_steps",

@@ -10,13 +10,13 @@ import torch
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from tests.models.cases import CASES, SHAPE, randomise
+from tests.models.cases import CASES, SHAPE, decoder_like, randomise, reference_model
 from tests.rollout.byte_tokenizer import SIZE, byte_tokenizer
 from tests.workers import run_on
 from trainwright.errors import UserError
 from trainwright.models.decoder import Decoder
 from trainwright.models.fallback import FallbackModel
-from trainwright.models.families import decoder_config, new_hf_config
+from trainwright.models.families import new_hf_config
 from trainwright.rollout.engine import Completion, generate, stream
 from trainwright.rollout.sampling import SamplingParams
 
@@ -29,20 +29,10 @@ NAMES = [name for name in CASES if name != "llama-dynamic"]
 
 def pair(name: str) -> tuple[Any, Decoder]:
     """transformers' model and ours, over bytes."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     family, keys = CASES[name]
     hf = new_hf_config(family, {**SHAPE, **keys}, SIZE)
-    given = {key: value for key, value in hf.items() if key not in ("model_type", "architectures")}
-    theirs = AutoModelForCausalLM.from_config(
-        AutoConfig.for_model(family, **given), attn_implementation="eager"
-    ).eval()
-    randomise(theirs)
-    ours = Decoder(decoder_config(hf)).eval()
-    state = theirs.state_dict()
-    if ours.config.tied_embeddings:
-        del state["lm_head.weight"]
-    ours.load_state_dict(state)
+    theirs = reference_model(hf)
+    ours = decoder_like(theirs, hf)
     return theirs, ours
 
 

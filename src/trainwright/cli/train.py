@@ -30,6 +30,12 @@ def train(
         int | None,
         typer.Option(help="Go on from this saved step; newer ones are set aside, not deleted."),
     ] = None,
+    verbose: Annotated[
+        bool,
+        typer.Option(
+            "--verbose", help="Show what each dimension of parallelism sends, and how long."
+        ),
+    ] = False,
 ) -> None:
     """Train a recipe, or continue its run, then export the model and write the report."""
     from rich.console import Console
@@ -44,6 +50,7 @@ def train(
             *(overrides or []),
             say=lambda text: console.print(text, markup=False, soft_wrap=True),
             from_step=from_step,
+            verbose=verbose,
         )
     except RunInterrupted as stopped:
         command = shlex.join(["trainwright", "train", str(recipe), *(overrides or [])])

@@ -18,6 +18,7 @@ import torch.distributed._functional_collectives as functional
 from torch import Tensor
 
 from trainwright.comm.groups import group_name
+from trainwright.comm.stacks import here
 
 
 class GroupFacts(NamedTuple):
@@ -56,6 +57,7 @@ class Call:
     sizes: tuple[tuple[torch.dtype, torch.Size], ...]
     sent: int
     peer: int | None = None
+    place: str = ""  # the line that asked for it
 
     @property
     def sizes_text(self) -> str:
@@ -101,6 +103,7 @@ def make_call(described: Described, sequence: int) -> Call:
         tuple((tensor.dtype, tensor.shape) for tensor in described.tensors),
         round(described.sent),
         described.peer,
+        here(),
     )
 
 

@@ -54,6 +54,7 @@ class Ledger:
         self.counts: dict[Counter, int] = {}
         self.history: dict[str, deque[Call]] = {}  # group's key → its last collectives
         self.raised: dict[int, tuple[Call, BaseException]] = {}  # thread → what ended with an error
+        self.recorders: list[Callable[[Call], None]] = []  # are told of every call before it
         self.moves = 0  # grows with every beginning and end of a call
 
     def number(self, described: Described) -> Call:
@@ -65,6 +66,8 @@ class Ledger:
         call = make_call(described, sequence)
         if not way:
             self.history.setdefault(call.facts.key, deque(maxlen=HISTORY)).append(call)
+        for record in self.recorders:
+            record(call)
         return call
 
     def enter(self, call: Call) -> int:

@@ -61,12 +61,10 @@ def group_rows(x: Tensor, order: Tensor, copies: int) -> Tensor:
 def ungroup_rows(rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
     """The weighted sum of each token's rows; takes back `group_rows`' order.
 
-    rows [tokens · copies, channels], weights [tokens, copies] in fp32. Sums are fp32, the result
-    has the type of `rows`.
+    rows [tokens · copies, channels], weights [tokens, copies] in fp32, which are rounded to the
+    type of `rows`, as is the result [tokens, channels].
     """
-    tokens, copies = weights.shape
-    back = _Permute.apply(rows, inverse_permutation(order), order).view(tokens, copies, -1)
-    return (back * weights.unsqueeze(-1)).sum(1).to(rows.dtype)
+    return _UngroupRows.apply(rows, order, weights)
 
 
 def permute_rows(rows: Tensor, order: Tensor) -> Tensor:
@@ -92,6 +90,24 @@ class _GroupRows(torch.autograd.Function):
         [order], [gradient] = ctx.saved_tensors, gradients
         back = gradient[inverse_permutation(order)]
         return back.view(-1, ctx.copies, gradient.shape[-1]).sum(1), None, None
+
+
+class _UngroupRows(torch.autograd.Function):
+    """Keeps the rows as they lie, so that one gather serves both gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor, weights: Tensor) -> Tensor:
+        ctx.save_for_backward(rows, order, weights)
+        back = rows[inverse_permutation(order)].view(*weights.shape, -1)
+        return torch.bmm(weights.to(rows.dtype).unsqueeze(1), back).squeeze(1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, Tensor]:
+        rows, order, weights = ctx.saved_tensors
+        spread = gradients[0][order // weights.shape[1]]
+        for_weights = (rows * spread).sum(-1, dtype=weights.dtype)[inverse_permutation(order)]
+        own = weights.to(rows.dtype).flatten()[order]
+        return spread * own.unsqueeze(1), None, for_weights.view_as(weights)
 
 
 class _Permute(torch.autograd.Function):

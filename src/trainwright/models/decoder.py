@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from trainwright.comm.collectives import gather
 from trainwright.kernels.attention import Mask, attention_mask
+from trainwright.kernels.dropout import dropout, layer_keys
 from trainwright.models.attention import Attention
 from trainwright.models.cache import KeyValueCache, LayerCache, visible
 from trainwright.models.families import DecoderConfig
@@ -127,6 +128,7 @@ class Block(nn.Module):
             norm = RMSNorm(config.hidden_size, config.norm_eps, config.norm_offset)
             self.add_module(name, norm)
         self.multiplier = config.residual_multiplier
+        self.dropout = 0.0
 
     def forward(
         self,
@@ -135,16 +137,23 @@ class Block(nn.Module):
         sin: Tensor,
         mask: Mask | None = None,
         cache: LayerCache | None = None,
+        keys: Tensor | None = None,
     ) -> Tensor:
-        """The stream [batch, sequence, hidden] in and out; the rest as in `Attention.forward`."""
+        """The stream [batch, sequence, hidden] in and out; the rest as in `Attention.forward`.
+
+        keys [batch, sequence] are the tokens' in this layer, for `dropout` of both branches.
+        """
         mixed = self.self_attn(self.normed(0, hidden), cos, sin, mask, cache)
-        hidden = self.added(hidden, self.normed(1, mixed))
+        hidden = self.added(hidden, self.dropped(0, self.normed(1, mixed), keys))
         mixed = self.mlp(self.normed(2, hidden))
-        return self.added(hidden, self.normed(3, mixed))
+        return self.added(hidden, self.dropped(1, self.normed(3, mixed), keys))
 
     def normed(self, place: int, x: Tensor) -> Tensor:
         name = self.places[place]
         return x if name is None else getattr(self, name)(x)
+
+    def dropped(self, place: int, branch: Tensor, keys: Tensor | None) -> Tensor:
+        return branch if keys is None else dropout(branch, keys, place, self.dropout)
 
     def added(self, stream: Tensor, branch: Tensor) -> Tensor:
         return stream + (branch if self.multiplier == 1.0 else branch * self.multiplier)
@@ -168,6 +177,7 @@ class Trunk(nn.Module):
         self.ropes = {spec: Rope(spec) for spec in config.layer_ropes if spec is not None}
         self.context: Context | None = None  # rows cut over workers, set by parallel.context
         self.stream: StreamCut | None = None  # the stream cut over workers, by parallel.tensor
+        self.dropout = 0.0
 
     def forward(
         self,
@@ -176,6 +186,7 @@ class Trunk(nn.Module):
         segment_ids: Tensor | None,
         cache: KeyValueCache | None,
         hidden: Tensor | None = None,
+        token_keys: Tensor | None = None,
     ) -> Tensor:
         """The last hidden states, or the stream after the last layer that is here."""
         config, device = self.config, input_ids.device
@@ -186,8 +197,14 @@ class Trunk(nn.Module):
         tokens = input_ids.shape[1] * (context.workers if context is not None else 1)
         if position_ids is None:
             position_ids = torch.arange(past, past + tokens, device=device).unsqueeze(0)
+        if not self.dropout:
+            token_keys = None
+        elif token_keys is not None and self.stream is not None:
+            token_keys = self.stream.own(token_keys)
         if hidden is None:
             hidden = self.embed(input_ids)
+            if token_keys is not None:
+                hidden = dropout(hidden, token_keys, 0, self.dropout)
         tables = self.rotary_tables(position_ids, segment_ids, hidden.dtype)
         if cache is not None:
             segment_ids = cache.extend(tokens, segment_ids)
@@ -218,7 +235,9 @@ class Trunk(nn.Module):
             layer = int(name)
             cos, sin = tables[config.layer_ropes[layer]]
             mask = masks[config.layer_windows[layer]]
-            hidden = block(hidden, cos, sin, mask, None if cache is None else cache.layers[layer])
+            held = None if cache is None else cache.layers[layer]
+            own_keys = None if token_keys is None else layer_keys(token_keys, layer)
+            hidden = block(hidden, cos, sin, mask, held, own_keys)
         if not self.span.heads:
             return hidden
         hidden = self.norm(hidden)
@@ -278,6 +297,15 @@ class Decoder(nn.Module):
         ropes = filter(None, self.config.layer_ropes)
         return frozenset(r.original_max_positions for r in ropes if r.kind == "longrope")
 
+    def set_dropout(self, probability: float) -> None:
+        """The share of the embedding's and each branch's outputs that training sets to zero.
+
+        It happens where a forward pass is given `token_keys`.
+        """
+        self.model.dropout = probability
+        for block in self.model.layers.values():
+            block.dropout = probability  # type: ignore[assignment]
+
     def new_cache(self, capacity: int = 256) -> KeyValueCache:
         """An empty key-value cache with room for `capacity` tokens a row."""
         return KeyValueCache(self.config, capacity)
@@ -291,6 +319,7 @@ class Decoder(nn.Module):
         cache: KeyValueCache | None = None,
         head: HeadFunction | None = None,
         hidden: Tensor | None = None,
+        token_keys: Tensor | None = None,
     ) -> Any:
         """Logits [batch, sequence, vocabulary] in fp32, or what `head` returns.
 
@@ -298,13 +327,14 @@ class Decoder(nn.Module):
         cache. segment_ids, of that shape, number each row's documents: a token attends to earlier
         tokens of its own segment only; -1 is padding; None means one unpadded document a row,
         which is faster. `head` is called as `head(hidden [batch, sequence, hidden], OutputHead)`
-        while a sharded head is whole.
+        while a sharded head is whole. token_keys [batch, sequence] decide what `set_dropout` drops
+        (`kernels.dropout`); without them nothing is dropped.
 
         A stage of a pipeline that does not embed is given the stream before it as `hidden`, and
-        one that has no head returns the stream. Where rows are cut over workers, input_ids are
-        this worker's columns, position_ids and segment_ids whole rows.
+        one that has no head returns the stream. Where rows are cut over workers, input_ids and
+        token_keys are this worker's columns, position_ids and segment_ids whole rows.
         """
-        hidden = self.model(input_ids, position_ids, segment_ids, cache, hidden)
+        hidden = self.model(input_ids, position_ids, segment_ids, cache, hidden, token_keys)
         if not self.span.heads:
             return hidden
         matrix = self.model.embed_tokens if self.config.tied_embeddings else self.lm_head

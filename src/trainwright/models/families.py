@@ -89,8 +89,10 @@ class DecoderConfig:
 def decoder_config(hf_config: Mapping[str, Any]) -> DecoderConfig:
     """The decoder that a Hugging Face config.json describes.
 
-    Dropout keys are read past: Trainwright trains without dropout. Raises UserError with every
-    mistake found, each with its key ("model.config.hidden_size").
+    Dropout keys are read past: what is dropped is the recipe's to say (`training.dropout`), and
+    dropout of attention's weights is not offered, since no fused kernel has a mask that does not
+    depend on the layout. Raises UserError with every mistake found, each with its key
+    ("model.config.hidden_size").
     """
     name = hf_config.get("model_type")
     if name not in FAMILIES:

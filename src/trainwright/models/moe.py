@@ -25,6 +25,8 @@ class Router(nn.Module):
     Scores are made in fp32 whatever the stream's type. `balance` observes every choice.
     """
 
+    e_score_correction_bias: Tensor
+
     def __init__(self, config: DecoderConfig, spec: ExpertsSpec) -> None:
         super().__init__()
         self.spec = spec

@@ -136,7 +136,7 @@ def load_model(
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """What an export holds of `model`, by the names that it has in files, each tensor once."""
-    result = {}
+    result: dict[str, Tensor] = {}
     for name, tensor in _tensors(model):
         parts = tensor.detach().unbind() if is_stacked(name) else [tensor.detach()]
         result.update(zip(_names_on_disk(model, name), parts, strict=True))

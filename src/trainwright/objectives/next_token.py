@@ -19,7 +19,8 @@ def next_token_loss(model: nn.Module, batch: Mapping[str, Tensor | None]) -> tup
     """(loss sum in fp32, number of trained targets) of a micro-batch, both scalars on the device.
 
     `batch` holds `input_ids`, `labels` (already shifted, -100 = not trained) and `position_ids`
-    [rows, sequence], and `segment_ids` of the same shape or None. The loss is taken inside the
+    [rows, sequence], and `segment_ids` of the same shape or None; `token_keys`, if any, are for
+    the model's dropout. The loss is taken inside the
     model's forward, where a sharded head is whole.
     """
     labels = batch["labels"]
@@ -36,10 +37,12 @@ def next_token_loss(model: nn.Module, batch: Mapping[str, Tensor | None]) -> tup
             group=head.group,
         )
 
+    keys = batch.get("token_keys")
     loss = model(
         batch["input_ids"],
         position_ids=batch["position_ids"],
         segment_ids=batch["segment_ids"],
         head=loss_of,
+        **({} if keys is None else {"token_keys": keys}),
     )
     return loss, torch.count_nonzero(labels != IGNORED)

@@ -60,7 +60,7 @@ class Shards:
 def _has_whole_matrices(tensor: DTensor) -> bool:
     """Whether each worker has some of a stack's matrices, and those whole."""
     return all(
-        isinstance(p, Replicate) or p.is_shard(dim=0) and tensor.ndim == 3
+        isinstance(p, Replicate) or (p.is_shard(dim=0) and tensor.ndim == 3)
         for p in tensor.placements
     )
 

@@ -109,7 +109,8 @@ class _WholeOnHost:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local.detach()
 
 
 def _host_buffer(parameter: Tensor) -> Tensor:

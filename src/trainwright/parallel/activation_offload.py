@@ -68,7 +68,7 @@ class _OnHost(Kept):
 
 
 class _Offload:
-    """What one forward pass has put away, so that a tensor saved by several operations goes once."""
+    """What one forward pass has put away: a tensor that several operations save goes once."""
 
     def __init__(self) -> None:
         self.known: dict[Any, tuple[StorageWeakRef, Kept]] = {}

@@ -68,12 +68,13 @@ class Pipeline:
         micro_batches: int,
         stream: ShapeOf,
         before_last_backward: Callable[[int], None] | None = None,
+        after_weights: Callable[[int], None] | None = None,
     ) -> list[Tensor]:
         """All micro-batches forward and backward; gradients are added to the parameters'.
 
         `before_last_backward` is called with a stage's number before the last of its actions that
-        give gradients. Returns what the last stage gave for each micro-batch, detached; an empty
-        list on ranks without it.
+        give gradients, and `after_weights` after each W, which no hook on gradients sees. Returns
+        what the last stage gave for each micro-batch, detached; an empty list on ranks without it.
         """
         actions = own_actions(self.plan, micro_batches, self.rank)
         last_turn = {action.stage: turn for turn, action in enumerate(actions)}
@@ -87,6 +88,8 @@ class Pipeline:
                     results += self._forward(action, forward, boundaries)
                 elif action.kind == "W":
                     self._queues.pop(action[1:]).run()
+                    if after_weights is not None:
+                        after_weights(action.stage)
                 else:
                     self._backward(action, boundaries)
             boundaries.finish()

@@ -1,16 +1,27 @@
-"""Precision policies: fp32 weights and states throughout, products in fp32, bf16 or fp16."""
+"""Precision policies: fp32 weights and states, products in fp32, bf16, fp16 or float8."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy
 
+from trainwright.errors import Mistake, UserError
 from trainwright.planner.plan import Plan
 
-COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# What products run in; under float8 this is what they read and write, and others run in.
+COMPUTE_DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "float8": torch.bfloat16,
+}
+_FLOAT8_CAPABILITY = (8, 9)  # Ada; Hopper is (9, 0)
+_FLOAT8_MULTIPLE = 16  # what the kernels ask of every side of a matrix
 
 
 def autocast(precision: str, device: torch.device) -> AbstractContextManager:
@@ -34,6 +45,58 @@ def offload_policy(plan: Plan, device: torch.device) -> OffloadPolicy:
     if plan.offload != "parameters":
         return OffloadPolicy()
     return CPUOffloadPolicy(pin_memory=device.type == "cuda")
+
+
+def convert_to_float8(
+    blocks: Iterable[nn.Module], device: torch.device, *, cuts: int = 1, emulate: bool = False
+) -> None:
+    """Make the blocks' linear layers multiply in float8, forward and backward, by torchao.
+
+    Each tensor is scaled by its largest magnitude as it is used (Micikevicius et al. 2022, "FP8
+    formats for deep learning": e4m3 forward, e5m2 for gradients). Sides that are no multiple of
+    16, routers (whose choices small errors change) and stacks of experts stay in bf16. Parameters
+    keep their names. To be called first, before anything replaces a layer's forward, for matrices
+    that will then be cut in `cuts`. `emulate` computes the same numbers anywhere, slowly. Raises
+    UserError where `device` cannot or torchao is missing.
+    """
+    if not emulate and not has_float8(device):
+        raise UserError(
+            Mistake(
+                f"precision float8 needs a GPU of compute capability 8.9 or above, and {device} is "
+                "none",
+                fix="write `precision: bf16`",
+                key="training.precision",
+            )
+        )
+    try:
+        from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+    except ImportError as error:
+        raise UserError(
+            Mistake(
+                "precision float8 needs the package torchao",
+                fix="pip install 'trainwright[quant]', or write `precision: bf16`",
+                key="training.precision",
+            )
+        ) from error
+    for block in blocks:
+        convert_to_float8_training(
+            block,
+            module_filter_fn=partial(_runs_in_float8, _FLOAT8_MULTIPLE * cuts),
+            config=Float8LinearConfig(emulate=emulate),
+        )
+
+
+def has_float8(device: torch.device) -> bool:
+    """Whether the device multiplies float8 matrices."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return False
+    return torch.cuda.get_device_capability(device) >= _FLOAT8_CAPABILITY
+
+
+def _runs_in_float8(multiple: int, module: nn.Module, name: str) -> bool:
+    if not isinstance(module, nn.Linear) or name.endswith(("gate", "router")):
+        return False
+    return all(side % multiple == 0 for side in module.weight.shape)
 
 
 class LossScale:

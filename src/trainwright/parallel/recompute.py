@@ -14,10 +14,11 @@ from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
     create_selective_checkpoint_contexts,
-    noop_context_fn,
 )
 
-import trainwright.parallel.ring  # noqa: F401 - it makes operations that are named below
+# These make operations that are named below.
+import trainwright.kernels.grouped
+import trainwright.parallel.ring  # noqa: F401
 from trainwright.kernels.recomputing import recomputing
 from trainwright.parallel.activation_offload import Kept, keep
 
@@ -39,6 +40,7 @@ _EXPENSIVE = frozenset(
         torch.ops.trainwright.blocked_attention,
         torch.ops.trainwright.slotted_attention,
         torch.ops.trainwright.ring_attention,
+        torch.ops.trainwright.grouped_linear,
     )
     for overload in (getattr(packet, name) for name in packet.overloads())
 )
@@ -58,7 +60,7 @@ def recompute_block(block: nn.Module, policy: str | float) -> None:
     if policy == "none":
         return
     forward = block.forward
-    if isinstance(policy, float):
+    if not isinstance(policy, str):
         # As text: the compiler would take a number that differs from block to block for a variable.
         block.forward = partial(_within_budget, str(policy), forward)
     else:
@@ -68,19 +70,14 @@ def recompute_block(block: nn.Module, policy: str | float) -> None:
 def _recomputed(forward: Any, selective: bool, *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
-    if torch.compiler.is_compiling():  # the compiler knows these contexts, and repeats by itself
-        contexts = partial(create_selective_checkpoint_contexts, _keep_expensive)
-        context_fn = contexts if selective else noop_context_fn
-    else:
-        context_fn = _kept_contexts if selective else _full_contexts
-    return checkpoint(
-        forward,
-        *args,
-        use_reentrant=False,
-        preserve_rng_state=False,  # nothing in a block draws from a generator
-        context_fn=context_fn,
-        **kwargs,
-    )
+    options: dict[str, Any] = {}
+    if not torch.compiler.is_compiling():
+        options["context_fn"] = _kept_contexts if selective else _full_contexts
+    elif selective:  # the compiler knows torch's own contexts, and recomputes by itself
+        options["context_fn"] = partial(create_selective_checkpoint_contexts, _keep_expensive)
+    # Nothing in a block draws from a generator, so none needs to be put back.
+    options |= {"use_reentrant": False, "preserve_rng_state": False}
+    return checkpoint(forward, *args, **options, **kwargs)
 
 
 def _within_budget(policy: str, forward: Any, *args: Any, **kwargs: Any) -> Any:

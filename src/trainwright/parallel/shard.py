@@ -76,6 +76,18 @@ def reduce_deferred(model: nn.Module) -> None:
     root._root_post_backward_final_callback()
 
 
+def widen_gradients(model: nn.Module) -> None:
+    """Add gradients that deferred products have just written to the sums in the wider type.
+
+    FSDP does so after every backward pass of its own, so that narrow gradients never add up.
+    """
+    for module in sharded_modules(model):
+        group = module._get_fsdp_state()._fsdp_param_group
+        for parameter in group.fsdp_params if group is not None else ():
+            parameter.accumulate_unsharded_grad_if_needed()
+            parameter.to_accumulated_grad_if_needed()
+
+
 def release(model: nn.Module) -> None:
     """Give back gathered weights: the optimizer is about to change the shards."""
     for module in sharded_modules(model):

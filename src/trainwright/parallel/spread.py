@@ -17,9 +17,16 @@ from trainwright.parallel.expert import cut_experts
 from trainwright.parallel.gradients import gradient_norm, sum_partial
 from trainwright.parallel.mesh import Mesh, build_mesh
 from trainwright.parallel.pipeline import Pipeline, PipelinedModel
+from trainwright.parallel.precision import convert_to_float8
 from trainwright.parallel.recompute import recompute_block
 from trainwright.parallel.replicas import ReplicaGradients
-from trainwright.parallel.shard import reduce_deferred, release, set_micro_batch, shard
+from trainwright.parallel.shard import (
+    reduce_deferred,
+    release,
+    set_micro_batch,
+    shard,
+    widen_gradients,
+)
 from trainwright.parallel.tensor import cut_tensors
 from trainwright.parallel.tied import TiedEmbedding
 from trainwright.parallel.weight_gradients import defer_weight_gradients
@@ -107,6 +114,11 @@ class SpreadModel:
         if self.replicas is not None and last and self.pipeline is None:
             self.replicas.expect_last()
 
+    def after_weights(self, stage: int) -> None:
+        """After weight gradients that had waited have been added to a stage's."""
+        if self.sharded:
+            widen_gradients(self.parts[self.stages.index(stage)])
+
     def finish_gradients(self) -> None:
         """After the last backward pass: whole gradients, equal wherever the weights are."""
         if self.sharded:
@@ -127,7 +139,7 @@ class SpreadModel:
 
 
 def spread(build: Build, plan: Plan, world: World, fill: Callable[[Model], None]) -> SpreadModel:
-    """Stages → experts → tensors → context → recompute → compile → shard → materialise → fill.
+    """Stages → float8 → experts → tensors → context → recompute → compile → shard → materialise → fill.
 
     `build` makes a stage (None: all of the model) on meta, or a model that holds its weights
     already; `fill` writes the weights of what was on meta, each worker its own part.
@@ -137,6 +149,8 @@ def spread(build: Build, plan: Plan, world: World, fill: Callable[[Model], None]
     parts = [build(span) for span in spans]
     pieces: dict[str, Piece] = {}
     for stage, part in zip(stages, parts, strict=True):
+        if plan.precision == "float8":
+            convert_to_float8(part.blocks, world.device, cuts=plan.tp)
         if defers_weight_gradients(plan):
             # First: what else replaces a layer's forward goes around it.
             defer_weight_gradients(part)

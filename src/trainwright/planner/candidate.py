@@ -110,21 +110,22 @@ def settled(candidate: Candidate) -> Candidate:
     """The candidate with its derived fields as they follow from the others."""
     c, fields = candidate, candidate.derived
     rest = max(1, c.world // (c.pp * c.cp * c.tp))
+    replicas, shards, virtual, zero = c.dp_replicate, c.dp_shard, c.virtual_stages, c.zero
     if {"dp_replicate", "dp_shard"} <= fields:
         wants = "zero" not in fields or c.ep > 1 or c.offload == "parameters"
-        shards = c.device == "cuda" or wants
-        c = replace(c, dp_replicate=1 if shards else rest, dp_shard=rest if shards else 1)
+        replicas, shards = (1, rest) if c.device == "cuda" or wants else (rest, 1)
     elif "dp_replicate" in fields:
-        c = replace(c, dp_replicate=max(1, rest // c.dp_shard))
+        replicas = max(1, rest // shards)
     elif "dp_shard" in fields:
-        c = replace(c, dp_shard=max(1, rest // c.dp_replicate))
+        shards = max(1, rest // replicas)
     if "virtual_stages" in fields:
-        turns = c.pp > 1 and c.schedule not in ("gpipe", "1f1b")
-        c = replace(c, virtual_stages=2 if turns else 1)
+        virtual = 2 if c.pp > 1 and c.schedule not in ("gpipe", "1f1b") else 1
     if "zero" in fields:
         # Weight gradients that come late come after FSDP has reduced a micro-batch's.
-        c = replace(c, zero=0 if c.dp_shard == 1 else 1 if c.splits else 3)
-    return c
+        zero = 0 if shards == 1 else 1 if c.splits else 3
+    if (replicas, shards, virtual, zero) == (c.dp_replicate, c.dp_shard, c.virtual_stages, c.zero):
+        return c
+    return replace(c, dp_replicate=replicas, dp_shard=shards, virtual_stages=virtual, zero=zero)
 
 
 def candidate_of(

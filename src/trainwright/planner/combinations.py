@@ -39,8 +39,8 @@ def enumerate_plans(
 ) -> list[Plan]:
     """All legal plans on exactly `world_size` workers: degrees, ZeRO stages, schedules, methods.
 
-    All train on the same global batch. Micro-batches are as small as a pipeline likes them, one
-    row, and elsewhere two a step where the rows allow it, so that accumulation is seen as well.
+    All train on the same global batch, in two micro-batches a step where the rows allow it, so
+    that accumulation is seen as well, and in two for each rank of a pipeline.
     The order is fixed, from few dimensions above 1 to many.
     """
     plans = []
@@ -113,9 +113,9 @@ def _pipelines(schedules: Sequence[ScheduleName]) -> Iterator[tuple[ScheduleName
 
 
 def _micro_batch(rows: int, pp: int) -> int:
-    if pp > 1:
-        return 1
-    return rows // 2 if rows % 2 == 0 else rows
+    """So many rows that there are two micro-batches a step, or two for each pipeline rank."""
+    wanted = 2 * pp if pp > 1 else 2
+    return rows // wanted if rows % wanted == 0 else 1
 
 
 def _plan(candidate: Candidate, config: DecoderConfig, threads: int) -> Plan:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from trainwright.models.families import DecoderConfig
-from trainwright.planner.parameters import Weight, stage_weights, stages_of
+from trainwright.planner.parameters import Weight, layers_of, stage_weights, stages_of
 from trainwright.planner.plan import Plan, Recompute
 from trainwright.planner.schedules import make_schedule
 
@@ -90,7 +90,7 @@ def activation_bytes(config: DecoderConfig, plan: Plan, pp_rank: int | None = No
         (
             _whole_less_kept(config, plan, stage, layer)
             for stage in kept
-            for layer in _layers(config, plan, stage)
+            for layer in layers_of(config, plan, stage)
         ),
         default=0.0,
     )
@@ -185,7 +185,7 @@ def _network_elements(config: DecoderConfig, layer: int, tp: int) -> tuple[float
 def _stage_bytes(config: DecoderConfig, plan: Plan, stage: int) -> float:
     """Bytes that a stage keeps a token, over all its layers and the head."""
     policy = plan.stage_recompute(stage)
-    layers = _layers(config, plan, stage)
+    layers = layers_of(config, plan, stage)
     kept = sum(layer_bytes(config, plan, layer, policy) for layer in layers)
     if stage == plan.stages - 1:
         # The last hidden states, their norm, and the gradients of both.
@@ -199,12 +199,6 @@ def _whole_less_kept(config: DecoderConfig, plan: Plan, stage: int, layer: int) 
     policy = plan.stage_recompute(stage)
     whole = layer_bytes(config, plan, layer, "none")
     return whole - layer_bytes(config, plan, layer, policy)
-
-
-def _layers(config: DecoderConfig, plan: Plan, stage: int) -> range:
-    layers = plan.stage_layers or (config.num_layers,)
-    first = sum(layers[:stage])
-    return range(first, first + layers[stage])
 
 
 def _optimizer_bytes(weight: Weight, plan: Plan) -> float:

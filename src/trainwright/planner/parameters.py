@@ -93,11 +93,17 @@ def outer_weights(config: DecoderConfig, *, embeds: bool, heads: bool) -> Iterat
 
 def stage_weights(config: DecoderConfig, plan: Plan, stage: int) -> list[list[Weight]]:
     """The parameters of a pipeline stage: those outside its blocks, then each block's."""
-    layers = plan.stage_layers or (config.num_layers,)
-    first, last = sum(layers[:stage]), len(layers) - 1
+    last = plan.stages - 1
     outer = list(outer_weights(config, embeds=stage == 0, heads=stage == last))
-    numbers = range(first, first + layers[stage])
-    return [outer, *(list(block_weights(config, layer, plan.tp)) for layer in numbers)]
+    blocks = (block_weights(config, layer, plan.tp) for layer in layers_of(config, plan, stage))
+    return [outer, *map(list, blocks)]
+
+
+def layers_of(config: DecoderConfig, plan: Plan, stage: int) -> range:
+    """The layers of a pipeline stage; all of them without a pipeline."""
+    layers = plan.stage_layers or (config.num_layers,)
+    first = sum(layers[:stage])
+    return range(first, first + layers[stage])
 
 
 def stages_of(plan: Plan, pp_rank: int) -> list[int]:

@@ -14,11 +14,11 @@ from collections import defaultdict
 
 from trainwright.models.families import DecoderConfig
 from trainwright.planner.memory import ELEMENT_BYTES
-from trainwright.planner.parameters import Weight, stage_weights, stages_of
+from trainwright.planner.parameters import Weight, layers_of, stage_weights, stages_of
 from trainwright.planner.plan import Plan, Recompute
 from trainwright.planner.schedules import placement
 
-_FP32, _INT64 = 4, 8
+_FP32, _FP64, _INT64 = 4, 8, 8
 Traffic = dict[tuple[str, str], float]  # (dimension, collective) to bytes
 
 
@@ -43,6 +43,7 @@ def traffic(config: DecoderConfig, plan: Plan, pp_rank: int = 0) -> Traffic:
         _add(total, {kind: plan.accumulation * count for kind, count in micro.items()})
         _add(total, _states(config, plan, stage))
     _add(total, _tied(config, plan, pp_rank))
+    _add(total, _loads(config, plan, pp_rank))
     if plan.world_size > 1:
         # Weight, hash and stop of the batch; the loss; the norm of the gradients.
         total["world", "all_reduce"] += reduced(5 * _INT64, plan.world_size)
@@ -73,10 +74,13 @@ class _Stage:
     def micro_batch(self) -> Traffic:
         """All that travels for a micro-batch but weights and their gradients."""
         plan, total = self.plan, _nothing()
-        layers = plan.stage_layers or (self.config.num_layers,)
-        first = sum(layers[: self.stage])
-        for layer in range(first, first + layers[self.stage]):
-            for part in (self._tensor(), self._context(), self._experts(layer)):
+        for layer in layers_of(self.config, plan, self.stage):
+            for part in (
+                self._tensor(),
+                self._context(),
+                self._experts(layer),
+                self._balance(layer),
+            ):
                 _add(total, part)
         if plan.tp > 1:
             _add(total, self._vocabulary())
@@ -137,6 +141,14 @@ class _Stage:
         counts = gathered(_INT64 * config.experts.count, plan.ep)
         total["ep", "all_to_all"] = (4 + 2 * again) * rows + (1 + again) * counts
         return total
+
+    def _balance(self, layer: int) -> Traffic:
+        """A row's picks of experts, for the balance loss, where its columns are elsewhere."""
+        plan, spec = self.plan, self.config.experts
+        if plan.cp == 1 or spec is None or not spec.layers[layer] or not spec.balance_loss:
+            return {}
+        picks = reduced(_INT64 * plan.micro_batch * spec.count, plan.cp)
+        return {("cp", "all_reduce"): (1 + _repeats(self.recompute)) * picks}
 
     def _vocabulary(self) -> Traffic:
         """The embedding's sum, the head's inputs, and three numbers a token of the loss."""
@@ -221,6 +233,21 @@ def _tied(config: DecoderConfig, plan: Plan, pp_rank: int) -> Traffic:
     if ends[0] != ends[1] and pp_rank in ends:
         embedding = Weight((config.vocab_size, config.hidden_size), 0, "outer")
         total["tied", "all_reduce"] += reduced(_FP32 * embedding.shard(plan), 2)
+    return total
+
+
+def _loads(config: DecoderConfig, plan: Plan, pp_rank: int) -> Traffic:
+    """How often each expert was picked in the step, its loss and its tokens, in fp64."""
+    total, spec = _nothing(), config.experts
+    if spec is None:
+        return total
+    layers = [
+        layer for stage in stages_of(plan, pp_rank) for layer in layers_of(config, plan, stage)
+    ]
+    routers = sum(spec.layers[layer] for layer in layers)
+    workers = plan.data_ranks * plan.cp
+    total["replicas", "all_reduce"] = reduced(_FP64 * routers * (spec.count + 2), workers)
+    total["pp", "all_reduce"] = reduced(_FP64 * 5, plan.pp)
     return total
 
 

@@ -117,11 +117,9 @@ class Training(Section):
         "the model config's own.",
         examples=[0.01],
     )
-    router_z_loss: NotNegative | None = Field(
-        None,
-        description="Weight of the loss that keeps a router's logits small; default the model "
-        "config's own.",
-        examples=[0.001],
+    router_z_loss: NotNegative = Field(
+        0.0,
+        description="Weight of the loss that keeps a router's logits small, such as 0.001.",
     )
     router_bias_rate: NotNegative | None = Field(
         None,

@@ -30,6 +30,7 @@ class Past:
     collective: str
     sequence: int
     sizes: str
+    place: str = ""
 
 
 @dataclass(frozen=True)

@@ -8,22 +8,20 @@ from types import FrameType
 
 from trainwright.comm.calls import Call
 from trainwright.comm.hooks import LEDGER
+from trainwright.comm.stacks import frames, is_resting, place
 from trainwright.resilience.beats import Beat, Past, State, Wait, count_key
-from trainwright.resilience.stacks import frames, is_resting, place
 
 
-def look(
-    before: Beat, main: int, *, quiet: float, full: bool, failed: tuple[Call, str] | None = None
-) -> Beat:
+def look(before: Beat, main: int, *, quiet: float, full: bool, failed: Call | None = None) -> Beat:
     """The beat after `before`; `main` is the thread that trains.
 
-    `full` adds what other ranks need for a comparison. `failed` is a collective that has raised,
-    with its line: to the others the rank still is in it.
+    `full` adds what other ranks need for a comparison. `failed` is a collective that has raised: to
+    the others the rank still is in it.
     """
     stacks = frames()
-    waits = [_wait(call, place(stacks.get(thread))) for thread, call in list(LEDGER.inside.items())]
+    waits = [_wait(call) for call in list(LEDGER.inside.values())]
     if failed is not None:
-        waits.append(_wait(*failed))
+        waits.append(_wait(failed))
     return replace(
         before,
         number=before.number + 1,
@@ -47,7 +45,7 @@ def _computes(stacks: dict[int, FrameType], main: int) -> bool:
     return any(thread not in LEDGER.inside and not is_resting(stacks[thread]) for thread in watched)
 
 
-def _wait(call: Call, line: str) -> Wait:
+def _wait(call: Call) -> Wait:
     return Wait(
         call.collective,
         call.group,
@@ -55,9 +53,14 @@ def _wait(call: Call, line: str) -> Wait:
         call.facts.ranks,
         call.sequence,
         call.sizes_text,
-        line,
+        call.place,
         call.peer,
     )
+
+
+def past(call: Call) -> Past:
+    """The call as it is told to other ranks."""
+    return Past(call.collective, call.sequence, call.sizes_text, call.place)
 
 
 def _counts() -> dict[str, int]:
@@ -66,6 +69,6 @@ def _counts() -> dict[str, int]:
 
 def _history() -> dict[str, tuple[Past, ...]]:
     return {
-        key: tuple(Past(call.collective, call.sequence, call.sizes_text) for call in list(calls))
+        key: tuple(past(call) for call in list(calls))
         for key, calls in list(LEDGER.history.items())
     }

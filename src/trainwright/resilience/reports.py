@@ -1,6 +1,8 @@
 """What failing workers leave among the logs, and which of it is the cause.
 
     error-rank3.json   what rank 3 raised, and whether in a collective
+    calls-rank3.bin    its last collectives (`resilience.recorder`)
+    waiting-rank3.json what it waits in, while it waits for long
     verdict.json       what a watchdog has found: a rank stopped, silent or gone, or a hang
 
 When one rank fails, others fail of that: they lose their connection in the middle of a collective.
@@ -27,7 +29,7 @@ class WorkerFailed(Exception):  # noqa: N818
 
 def clear_reports(logs: Path) -> None:
     """Remove what an earlier start of the run has left."""
-    for pattern in ("error-rank*.json", "waiting-rank*.json", VERDICT):
+    for pattern in ("error-rank*.json", "waiting-rank*.json", "calls-rank*.bin", VERDICT):
         for file in logs.glob(pattern):
             file.unlink(missing_ok=True)
 
@@ -72,9 +74,12 @@ def first_cause(logs: Path, exit_codes: Mapping[int, int]) -> Exception:
     """Why the run ended, as an exception whose message names the rank.
 
     `exit_codes` are those of the ranks that ended first. In this order: an error that a rank
-    raised outside of collectives; a watchdog's finding on a rank stopped or a hang; a rank killed
-    by a signal; what else a watchdog found; an error in a collective.
+    raised outside of collectives; a watchdog's finding on a rank stopped or a hang; collectives
+    that did not fit together; a rank killed by a signal; what else a watchdog found; an error in
+    a collective.
     """
+    from trainwright.resilience.recorder import find_mismatch  # torch: not before it is needed
+
     reports = _reports(logs)
     verdict = _read(logs / VERDICT)
     own = [report for report in reports if not report["in_collective"]]
@@ -82,6 +87,9 @@ def first_cause(logs: Path, exit_codes: Mapping[int, int]) -> Exception:
         return _as_error(own[0])
     if verdict is not None and verdict["kind"] in ("stopped", "hang"):
         return WorkerFailed(_with_log(verdict, logs))
+    mismatch = find_mismatch(logs)
+    if mismatch is not None:
+        return WorkerFailed(f"{mismatch}\nThe logs are in {logs}")
     killed = [
         rank
         for rank, code in sorted(exit_codes.items())
@@ -127,7 +135,8 @@ def _killed_text(rank: int, number: int, verdict: Mapping[str, Any] | None, logs
 def _with_log(verdict: Mapping[str, Any], logs: Path) -> str:
     if verdict["lost"] is None:
         return f"{verdict['text']}\nThe logs are in {logs}"
-    return f"{verdict['text']}\nIts log is {logs / f'rank{verdict["lost"]}.log'}"
+    log = logs / f"rank{verdict['lost']}.log"
+    return f"{verdict['text']}\nIts log is {log}"
 
 
 def _reports(logs: Path) -> list[dict[str, Any]]:

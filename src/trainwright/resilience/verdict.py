@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from trainwright.resilience.beats import Beat, Past, Wait, count_key
 
-HANG_SECONDS = 15.0  # without any collective beginning or ending, before ranks count as stuck
 MOST_LINES = 16  # of ranks listed
 
 ADVICE = (
@@ -15,15 +14,15 @@ ADVICE = (
 )
 
 
-def find_deadlock(beats: Mapping[int, Beat], world_size: int) -> str | None:
+def find_deadlock(beats: Mapping[int, Beat], world_size: int, hang_seconds: float) -> str | None:
     """Ranks that wait for each other for ever, told with where each waits; None if there are none.
 
     A rank is stuck when each of its collectives lacks a member that is stuck itself or has
     finished, or was answered by another collective. One that computes, or whose beat is missing,
-    is neither, nor is any that waits for it. `beats` may be some seconds old: a wait of
-    `HANG_SECONDS` is older.
+    is neither, nor is any that waits for it. `beats` may be some seconds old: only waits of
+    `hang_seconds` count, which is older, so that there was a moment with all of them.
     """
-    stuck = {rank for rank, beat in beats.items() if beat.is_waiting and beat.quiet >= HANG_SECONDS}
+    stuck = {rank for rank, beat in beats.items() if beat.is_waiting and beat.quiet >= hang_seconds}
     gone = {rank for rank, beat in beats.items() if beat.state == "finished"}
     while True:
         free = {
@@ -116,35 +115,41 @@ def compare(wait: Wait, rank: int, beats: Mapping[int, Beat]) -> str | None:
 
     Libraries fail obscurely when sizes differ ("op.preamble.length <= op.nbytes").
     """
-    own = Past(wait.collective, wait.sequence, wait.sizes)
-    lines = []
+    own = Past(wait.collective, wait.sequence, wait.sizes, wait.place)
+    calls = {rank: own}
+    finished = []
     for member in wait.ranks:
-        other = counterpart(wait, beats.get(member)) if member != rank else None
-        if other is not None and disagree(own, other):
-            lines.append(
-                f"  rank {member} called {_past_text(other)}{_place_of(wait, beats[member])}"
-            )
-    if not lines:
+        if member == rank or member not in beats:
+            continue
+        other = counterpart(wait, beats[member])
+        if other is not None:
+            calls[member] = other
+        elif beats[member].state == "finished":
+            finished.append(member)
+    if not finished and not any(disagree(own, other) for other in calls.values()):
         return None
-    at = f", at {wait.place}" if wait.place else ""
+    ranks = ranks_text(wait.ranks)
+    return tell_difference(wait.sequence, wait.group, ranks, dict(sorted(calls.items())), finished)
+
+
+def tell_difference(
+    sequence: int, group: str, ranks: str, calls: Mapping[int, Past], finished: Sequence[int] = ()
+) -> str:
+    """What each rank called as its call of number `sequence` on the group."""
+    lines = [
+        f"  rank {rank} called {_past_text(call)}" + (f", at {call.place}" if call.place else "")
+        for rank, call in calls.items()
+    ]
+    lines += [f"  rank {rank} had finished by then" for rank in finished]
     listed = "\n".join(_cut(lines))
     return (
-        f"ranks called different collectives as number {wait.sequence} on the group {wait.group} "
-        f"(ranks {ranks_text(wait.ranks)}):\n  rank {rank} called {_past_text(own)}{at}\n"
-        f"{listed}\n{ADVICE}"
+        f"ranks called different collectives as number {sequence} on the group {group} "
+        f"(ranks {ranks}):\n{listed}\n{ADVICE}"
     )
 
 
 def _past_text(past: Past) -> str:
     return past.collective + (f" of {past.sizes}" if past.sizes else "")
-
-
-def _place_of(wait: Wait, beat: Beat) -> str:
-    """Where the other rank called its counterpart, if it still waits in it."""
-    for other in beat.waits:
-        if other.key == wait.key and other.sequence == wait.sequence and other.place:
-            return f", at {other.place}"
-    return ""
 
 
 def _tell_deadlock(

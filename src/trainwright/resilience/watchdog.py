@@ -14,8 +14,10 @@ import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -25,19 +27,26 @@ from trainwright.files import write_atomically
 from trainwright.resilience.beats import Beat, State
 from trainwright.resilience.board import Board, Failure
 from trainwright.resilience.observe import look, with_state
+from trainwright.resilience.recorder import find_mismatch
 from trainwright.resilience.reports import write_verdict
-from trainwright.resilience.stacks import place_of_error
-from trainwright.resilience.verdict import HANG_SECONDS, compare, describe_rank, find_deadlock
+from trainwright.resilience.verdict import compare, describe_rank, find_deadlock
 
-PERIOD = 1.0  # seconds between beats
-# Stopped (state T of the system) for so long: longer than anybody who samples a stack needs.
-STOPPED_SECONDS = 8.0
-# Silence of a rank on another machine, where only silence can be seen. A thread that needs a
-# millisecond a second is starved for less even with several workers on each core; and those who
-# remain have 30 seconds in all to end.
-SILENT_SECONDS = 20.0
-WAITING_SECONDS = 4.0  # in one collective, before it is written down
-FAREWELL_SECONDS = 5.0  # for the rank that speaks to have spoken
+
+@dataclass(frozen=True)
+class Limits:
+    """Seconds after which something is believed. Survivors have 30 in all to end."""
+
+    period: float = 1.0  # between beats
+    # Stopped (state T of the system): longer than anybody who samples a stack needs.
+    stopped: float = 8.0
+    # Silence of a rank on another machine, where only silence can be seen. A thread that needs a
+    # millisecond a second is starved for less, even with several workers on each core.
+    silent: float = 20.0
+    hang: float = 15.0  # no collective begins or ends: stuck, if what it waits for cannot come
+    waiting: float = 4.0  # in one collective, before it is written down
+    farewell: float = 5.0  # for the rank that speaks to have spoken
+
+
 SMALL_WORLD = 32  # up to so many, every rank watches every other
 FAILED = 1  # exit code
 
@@ -53,7 +62,9 @@ class Watchdog:
         logs: Path,
         *,
         siblings: range | None = None,  # ranks that the same launcher started on this machine
+        limits: Limits | None = None,
     ) -> None:
+        self.limits = limits or Limits()
         self.rank, self.world_size, self.logs = rank, world_size, logs
         self.open_board = open_board
         near = set(siblings or ())
@@ -64,7 +75,9 @@ class Watchdog:
         self._pulses: dict[int, _Pulse] = {}
         self._stopping = threading.Event()
         self._failing = threading.Event()  # the main thread is on its way out with an error
+        self._speaking = threading.Lock()  # two threads write this rank's beat
         self._unheard = 0.0  # seconds without an answer of the store
+        self._overtime = 0.0  # seconds since this rank's own failure was put up
         self._moves, self._quiet = -1, 0.0
         self._main = threading.main_thread().ident or 0
         self._thread = threading.Thread(target=self._run, name="watchdog", daemon=True)
@@ -77,61 +90,73 @@ class Watchdog:
     def finish(self) -> None:
         """This rank is done: it needs the others no more, nor they it."""
         self._stopping.set()
-        self._thread.join(timeout=FAREWELL_SECONDS)
+        self._thread.join(timeout=self.limits.farewell)
         self._publish_last("finished")
+        self._waiting_file.unlink(missing_ok=True)
 
     def fail(self, error: BaseException) -> str:
-        """This rank ends with `error`: let the others end; what they say about it, or "".
+        """This rank ends with `error`: let the others end.
 
-        Call it before the error is reported, then `release`.
+        Call it before the error is reported, then `release`. Where a collective raised, the others
+        may have called another, or be lost: waits some seconds for what they or their watchdogs
+        have to say. Returns how their calls differ, "" if they do not.
         """
-        self._failing.set()
         call = LEDGER.failed_call(error)
-        failed = None if call is None else (call, place_of_error(error))
-        self.beat = look(self.beat, self._main, quiet=self._quiet, full=True, failed=failed)
-        self._publish_last("failed")
+        with self._speaking:
+            self._failing.set()
+            self.beat = look(self.beat, self._main, quiet=self._quiet, full=True, failed=call)
+            self._publish_last("failed")
         if self.board is None:
             return ""
-        try:
-            speaks = self.board.put_up(
-                Failure(self.rank, "raised", f"{type(error).__name__}: {error}", self.rank)
-            )
-            if call is None or not speaks:
-                return ""
-            return self._comparison()
-        except RuntimeError:  # the store has gone: nobody is left to compare with
-            return ""
+        with suppress(RuntimeError):  # without the store, nobody is left to talk to
+            text = "" if call is None else self._others_say()
+            if text is not None:
+                said = f"{type(error).__name__}: {error}"
+                self.board.put_up(Failure(self.rank, "raised", said, self.rank))
+                return text
+            self._await_told()
+        return ""
 
     def release(self) -> None:
         """The error of `fail` has been reported."""
         if self.board is not None:
             with suppress(RuntimeError):
                 failure = self.board.failure()
-                if failure is None or failure.by == self.rank:
+                if failure is not None and failure.by == self.rank:
                     self.board.mark_told()
+                    self._linger()
 
-    def _comparison(self) -> str:
-        """What the other ranks called, once they have all said it, or have had time to."""
+    def _others_say(self) -> str | None:
+        """How others' calls differ from the one that raised here, "" if it is not known.
+
+        None when another rank has the word.
+        """
         assert self.board is not None
-        wait = self.beat.waits[0] if self.beat.waits else None
-        if wait is None:
-            return ""
+        wait = self.beat.waits[-1]
         others = [rank for rank in wait.ranks if rank != self.rank]
-        deadline = time.monotonic() + FAREWELL_SECONDS / 2
-        while True:
-            beats = self.board.read(others)
-            told = all(rank in beats and beats[rank].state == "failed" for rank in others)
-            text = compare(wait, self.rank, beats)
-            if text is not None or told or time.monotonic() > deadline:
-                return text or ""
+        deadline = time.monotonic() + self.limits.farewell
+        while time.monotonic() < deadline:
+            if self.board.failure() is not None:
+                return None
+            # The records tell of ranks on this machine at once, even of one that is no more.
+            text = find_mismatch(self.logs) or compare(wait, self.rank, self.board.read(others))
+            if text is not None:
+                return text
             time.sleep(0.1)
+        return ""
+
+    def _await_told(self) -> None:
+        assert self.board is not None
+        deadline = time.monotonic() + self.limits.farewell
+        with suppress(RuntimeError):  # the store has gone: so has whoever spoke
+            while time.monotonic() < deadline and not self.board.is_told():
+                time.sleep(0.1)
 
     def _publish_last(self, state: State) -> None:
         self.beat = with_state(self.beat, state)
         if self.board is not None:
             with suppress(RuntimeError):
                 self.board.publish(self.beat)
-        self._waiting_file.unlink(missing_ok=True)
 
     def _run(self) -> None:
         try:
@@ -139,53 +164,67 @@ class Watchdog:
         except RuntimeError as error:
             print(f"watchdog: no store to watch through: {error}", file=sys.stderr, flush=True)
             return
-        before = time.monotonic()
-        while not self._stopping.wait(PERIOD):
+        before, complained = time.monotonic(), False
+        while not self._stopping.wait(self.limits.period):
             now = time.monotonic()
             # After a suspension of this process too, no more time has passed for the others than
             # it could have watched them.
-            seconds, before = min(now - before, 2 * PERIOD), now
+            seconds, before = min(now - before, 2 * self.limits.period), now
             try:
                 self._round(seconds)
                 self._unheard = 0.0
-            except RuntimeError:
+            except RuntimeError:  # of the store
                 self._unheard += max(seconds, time.monotonic() - now)
-                if self._unheard >= SILENT_SECONDS and not self._failing.is_set():
+                if self._unheard >= self.limits.silent and not self._failing.is_set():
                     self._tell(
                         "unheard",
                         "the launching process, or rank 0 where there is none, has not answered "
                         f"for {self._unheard:.0f} s: it has ended, or its machine is cut off",
                     )
+            except Exception:  # a fault here must not leave the ranks unwatched
+                if not complained:
+                    traceback.print_exc()
+                complained = True
 
     def _round(self, seconds: float) -> None:
         """One beat, and a look at the others."""
         assert self.board is not None
-        if self._failing.is_set():
-            return  # `fail` speaks for this rank now
-        self._look(seconds)
-        self.board.publish(self.beat)
-        self._write_down()
+        with self._speaking:
+            failing = self._failing.is_set()
+            if not failing:
+                self._look(seconds)
+                self.board.publish(self.beat)
+                self._write_down()
         failure = self.board.failure()
-        if failure is not None:
+        if failure is not None and failure.by != self.rank:
             self._leave(failure)
-            return
+        elif failure is not None:
+            self._overtime += seconds
+            if self._overtime >= 2 * self.limits.farewell:  # its end may hang, too
+                _end()
+        else:
+            self._judge(seconds, failing)
+
+    def _judge(self, seconds: float, failing: bool) -> None:
+        """Look for ranks that are lost, and for a hang."""
+        assert self.board is not None
         for peer in self.board.read(self.watched).values():
-            lost = self._pulses.setdefault(peer.rank, _Pulse()).judge(peer, self.beat, seconds)
+            lost = self._pulses.setdefault(peer.rank, _Pulse(self.limits)).judge(
+                peer, self.beat, seconds
+            )
             if lost is not None:
-                kind, text = lost
-                self._declare(Failure(self.rank, kind, text, peer.rank), peer)
-                return
-        if self.beat.is_waiting and self.beat.quiet >= HANG_SECONDS:
+                self._declare(Failure(self.rank, *lost, lost=peer.rank), peer)
+        if not failing and self.beat.is_waiting and self.beat.quiet >= self.limits.hang:
             beats = self.board.read(range(self.world_size))
-            text = find_deadlock({**beats, self.rank: self.beat}, self.world_size)
-            if text is not None:
-                self._declare(Failure(self.rank, "hang", text), None)
+            hang = find_deadlock({**beats, self.rank: self.beat}, self.world_size, self.limits.hang)
+            if hang is not None:
+                self._declare(Failure(self.rank, "hang", hang), None)
 
     def _look(self, seconds: float) -> None:
         moves = LEDGER.moves
         self._quiet = self._quiet + seconds if moves == self._moves else 0.0
         self._moves = moves
-        full = self._quiet >= WAITING_SECONDS
+        full = self._quiet >= self.limits.waiting
         self.beat = look(self.beat, self._main, quiet=self._quiet, full=full)
 
     @property
@@ -194,7 +233,7 @@ class Watchdog:
 
     def _write_down(self) -> None:
         """What this rank waits in, while it waits for long."""
-        if self.beat.is_waiting and self.beat.quiet >= WAITING_SECONDS:
+        if self.beat.is_waiting and self.beat.quiet >= self.limits.waiting:
             self.logs.mkdir(parents=True, exist_ok=True)
             write_atomically(self._waiting_file, self.beat.to_json() + "\n")
         else:
@@ -218,19 +257,25 @@ class Watchdog:
         try:
             if self.board is not None:
                 self.board.mark_told()
+                self._linger()
         finally:
             _end()
+
+    def _linger(self) -> None:
+        """Where no agent keeps the store, it ends with rank 0: the others must read it first."""
+        if self.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+            time.sleep(2 * self.limits.period)
 
     def _leave(self, failure: Failure) -> None:
         """End this process, as soon as the rank that speaks has spoken."""
         assert self.board is not None
-        self.beat = look(self.beat, self._main, quiet=self._quiet, full=True)
-        self.board.publish(with_state(self.beat, "failed"))
-        deadline = time.monotonic() + FAREWELL_SECONDS
-        while time.monotonic() < deadline and not self.board.is_told():
-            time.sleep(0.1)
+        with self._speaking:
+            if not self._failing.is_set():
+                self.beat = look(self.beat, self._main, quiet=self._quiet, full=True)
+                self.board.publish(with_state(self.beat, "failed"))
+        self._await_told()
         if self._failing.is_set():
-            time.sleep(FAREWELL_SECONDS)  # the main thread is writing its own report
+            time.sleep(self.limits.farewell)  # the main thread is writing its own report
         else:
             said = failure.text.split("\n", 1)[0]
             why = f"rank {failure.by} failed" if failure.kind == "raised" else "a rank is lost"
@@ -243,7 +288,8 @@ class Watchdog:
 class _Pulse:
     """Another rank's heartbeat as this rank has seen it."""
 
-    def __init__(self) -> None:
+    def __init__(self, limits: Limits) -> None:
+        self.limits = limits
         self.number, self.silent, self.absent = -1, 0.0, 0
 
     def judge(self, peer: Beat, own: Beat, seconds: float) -> tuple[str, str] | None:
@@ -257,7 +303,7 @@ class _Pulse:
         who = f"rank {peer.rank} (process {peer.pid} on {peer.host})"
         last = f"it was last {_in_or_at(peer)}"
         if peer.host != own.host or peer.parent != own.parent:
-            if self.silent < SILENT_SECONDS:
+            if self.silent < self.limits.silent:
                 return None
             return "silent", (
                 f"{who} has not been heard of for {self.silent:.0f} s: it is stopped, or its "
@@ -269,7 +315,7 @@ class _Pulse:
             if self.absent < 2:  # its last beat may just be on the way
                 return None
             return "gone", f"{who} was killed, or ended without a word; {last}"
-        if status == psutil.STATUS_STOPPED and self.silent >= STOPPED_SECONDS:
+        if status == psutil.STATUS_STOPPED and self.silent >= self.limits.stopped:
             return "stopped", (
                 f"{who} was stopped (SIGSTOP) and did not go on for {self.silent:.0f} s; {last}"
             )

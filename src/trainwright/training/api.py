@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from trainwright.checkpoint.store import CheckpointStore
+from trainwright.errors import UserError
 from trainwright.parallel.world import join_world, leave_world
 from trainwright.planner.check import recipe_checks
 from trainwright.recipe.load import dump_recipe, load_recipe
 from trainwright.recipe.schema import Recipe
 from trainwright.report.html import write_report
+from trainwright.resilience.guard import watched
+from trainwright.resilience.reports import WorkerFailed, clear_reports
 from trainwright.rollout.engine import Completion
 from trainwright.rollout.engine import generate as generate_completions
 from trainwright.rollout.sampling import SamplingParams
@@ -45,11 +48,13 @@ def train(
     *overrides: str,
     say: Callable[[str], None] = lambda message: None,
     from_step: int | None = None,
+    verbose: bool = False,
 ) -> RunResult | None:
     """Train a recipe to its end, or continue its run: the export and the report included.
 
     `recipe` is a Recipe or a YAML file, `overrides` are "key.path=value". A run goes on from its
-    newest checkpoint, or from `from_step`: newer ones are then set aside. Starts the workers
+    newest checkpoint, or from `from_step`: newer ones are then set aside. `verbose` shows each
+    dimension's traffic while it trains. Starts the workers
     itself; in a process that torchrun or the like started, joins the others instead (and
     returns None on every rank but the first). Raises UserError, RunInterrupted or WorkerFailed.
     """
@@ -62,12 +67,12 @@ def train(
         recipe = load_recipe(path, overrides, recipe_checks)
         recipe_text = path.read_text()
     if is_launched():
-        return _train_launched(recipe, recipe_text, say, from_step)
+        return _train_launched(recipe, recipe_text, say, from_step, verbose)
     run = open_run(recipe)
     with locked(run):
         _rewind(run, from_step)
         plan, _ = prepare_run(run, recipe, recipe_text, say)
-        launch_workers(run.path, plan)
+        launch_workers(run.path, plan, verbose=verbose)
         return finish_run(run)
 
 
@@ -78,18 +83,32 @@ def _rewind(run: RunDirectory, from_step: int | None) -> None:
 
 
 def _train_launched(
-    recipe: Recipe, recipe_text: str | None, say: Callable[[str], None], from_step: int | None
+    recipe: Recipe,
+    recipe_text: str | None,
+    say: Callable[[str], None],
+    from_step: int | None,
+    verbose: bool,
 ) -> RunResult | None:
     """Train as one of the workers that a launcher started; the first prepares and finishes."""
-    world = join_world()
-    run = open_run(recipe) if world.is_first else RunDirectory(default_run_directory(recipe))
-    with locked(run) if world.is_first else nullcontext():
-        _rewind(run, from_step)  # all together
-        if world.is_first:
-            prepare_run(run, recipe, recipe_text, say)
-        world.wait(PREPARATION)
-        finished = run_worker(run, world)
-        leave_world(world)
+    run = RunDirectory(default_run_directory(recipe))
+    with ExitStack() as held:
+        try:
+            with watched(run.logs):
+                world = join_world()
+                if world.is_first:
+                    run = open_run(recipe)
+                    held.enter_context(locked(run))
+                    clear_reports(run.logs)
+                _rewind(run, from_step)  # all together
+                if world.is_first:
+                    prepare_run(run, recipe, recipe_text, say)
+                world.wait(PREPARATION)
+                finished = run_worker(run, world, verbose=verbose)
+                leave_world(world)
+        except UserError:
+            raise
+        except Exception as error:  # told by `watched`, with its rank and traceback
+            raise WorkerFailed(f"{type(error).__name__}: {error}") from error
         if not finished:
             raise RunInterrupted(saved=True)
         return finish_run(run) if world.is_first else None

@@ -18,6 +18,7 @@ from trainwright.objectives.next_token import next_token_loss
 from trainwright.optim.optimizers import build_optimizers
 from trainwright.parallel.precision import COMPUTE_DTYPES
 from trainwright.parallel.spread import Model, SpreadModel, spread
+from trainwright.parallel.whole_matrices import WholePieces
 from trainwright.parallel.world import World
 from trainwright.planner.plan import Plan
 from trainwright.planner.shapes import flops_per_token, parameter_count
@@ -177,6 +178,8 @@ def build_all_optimizers(
         ],
         muon_dtype=COMPUTE_DTYPES[spread_model.plan.precision],
         replicas=None if spread_model.sharded else spread_model.mesh.group("replicas"),
+        whole=WholePieces(spread_model.named_parameters(), spread_model.pieces, spread_model.mesh),
+        offload=spread_model.plan.offload == "optimizer",
     )
 
 

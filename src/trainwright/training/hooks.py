@@ -13,6 +13,7 @@ import torch
 
 from trainwright.checkpoint.state import State
 from trainwright.checkpoint.store import CheckpointStore
+from trainwright.comm.meter import Meter
 from trainwright.data.batches import Batches
 from trainwright.parallel.spread import SpreadModel, force_eager
 from trainwright.recipe.schema import Recipe
@@ -49,6 +50,7 @@ class MetricsHook:
         self.writer, self.progress = writer, progress
         self.log_every, self.tokens_per_step = log_every, tokens_per_step
         self.mfu_tokens_per_second, self.device = mfu_tokens_per_second, device
+        self.meter: Meter | None = None  # set where there are other workers to talk to
 
     def after_step(self, done: int, stats: StepStats, seconds: float, last: bool) -> None:
         rate = self.tokens_per_step / seconds
@@ -67,11 +69,25 @@ class MetricsHook:
             "batch_hash": stats.batch_hash,
             "time": time.time(),
         }
+        record.update(stats.router)
+        if self.meter is not None:
+            moved = self.meter.step()
+            record["traffic"] = {name: traffic.record() for name, traffic in moved.items()}
         if stats.skipped:
             record["skipped"] = True
         if done % self.log_every == 0 or last:
             self.writer.write(record)
         self.progress.step(record)
+
+
+class ForgetTrafficHook:
+    """Comes last: what evaluation and checkpoints moved is not the next step's traffic."""
+
+    def __init__(self, meter: Meter) -> None:
+        self.meter = meter
+
+    def after_step(self, done: int, stats: StepStats, seconds: float, last: bool) -> None:
+        self.meter.step()
 
 
 class EvaluationHook:

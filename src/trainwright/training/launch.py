@@ -7,7 +7,6 @@ Under torchrun, or whatever else sets RANK and WORLD_SIZE, the workers are there
 from __future__ import annotations
 
 import inspect
-import json
 import logging
 import os
 import signal
@@ -16,16 +15,26 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from trainwright.errors import Mistake, UserError
-from trainwright.files import write_json
 from trainwright.planner.plan import Plan
+from trainwright.resilience.reports import (
+    WorkerFailed,
+    clear_reports,
+    first_cause,
+    has_own_failure,
+)
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+__all__ = ["RunInterrupted", "WorkerFailed", "is_launched", "launch_workers", "worker_environment"]
 
 INTERRUPTED = 143  # exit code of a run that was asked to stop
 INTERRUPTED_MARK = "interrupted"  # a file among the logs of a run that was, and that saved first
-# Workers have this long to end their step and save, before they are killed. Not longer: survivors
-# of a failed worker, stuck waiting for it, are ended by the same clock.
+# When the run is asked to stop, workers have this long to end their step and save before they are
+# killed. Survivors of a failed worker end at once: their watchdogs see to it, and torch's agent
+# kills after 30 s whoever could not.
 STOP_SECONDS = 60
 
 # glibc hands every large tensor back to the kernel and faults its pages in again the next time:
@@ -41,10 +50,6 @@ class RunInterrupted(Exception):  # noqa: N818
         self.saved = saved
 
 
-class WorkerFailed(Exception):  # noqa: N818
-    """A worker died of a fault; the message carries its rank and its own traceback."""
-
-
 def is_launched() -> bool:
     """Whether a launcher has started this process as one of several workers."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
@@ -56,8 +61,8 @@ def worker_environment(plan: Plan) -> dict[str, str]:
     return {name: value for name, value in wanted.items() if name not in os.environ}
 
 
-def launch_workers(run_directory: Path, plan: Plan) -> None:
-    """Run the plan's workers until all are done.
+def launch_workers(run_directory: Path, plan: Plan, *, verbose: bool = False) -> None:
+    """Run the plan's workers until all are done; `verbose` shows more while they train.
 
     Raises UserError with a worker's own mistakes, RunInterrupted, or WorkerFailed.
     """
@@ -65,11 +70,11 @@ def launch_workers(run_directory: Path, plan: Plan) -> None:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    # The agent's own log repeats a worker's failure at length; `_explain` says it once.
+    # The agent's own log repeats a worker's failure at length; `first_cause` says it once.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     logs = run_directory / "logs"
-    for file in [*logs.glob("error-rank*.json"), logs / INTERRUPTED_MARK]:
-        file.unlink(missing_ok=True)
+    clear_reports(logs)
+    (logs / INTERRUPTED_MARK).unlink(missing_ok=True)
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -86,56 +91,29 @@ def launch_workers(run_directory: Path, plan: Plan) -> None:
     with _environment(worker_environment(plan)), _own_signals():
         try:
             elastic_launch(config, sys.executable)(
-                "-m", "trainwright.training.worker", str(run_directory)
+                "-m",
+                "trainwright.training.worker",
+                str(run_directory),
+                *(["--verbose"] if verbose else []),
             )
         except ChildFailedError as error:
-            raise _explain(run_directory, error) from error
+            raise first_cause(logs, _exit_codes(error)) from error
         except SignalException as error:
-            if list(logs.glob("error-rank*.json")):
-                raise _explain(run_directory, error) from error
+            if has_own_failure(logs):
+                raise first_cause(logs, {}) from error
             raise RunInterrupted((logs / INTERRUPTED_MARK).exists()) from error
     if (logs / INTERRUPTED_MARK).exists():
         raise RunInterrupted(saved=True)
 
 
-def report_failure(logs: Path, rank: int, error: BaseException, traceback_text: str) -> None:
-    """Leave a worker's failure where the launching process finds it."""
-    mistakes = [vars(mistake) for mistake in error.mistakes] if isinstance(error, UserError) else []
-    write_json(
-        logs / f"error-rank{rank}.json",
-        {"rank": rank, "mistakes": mistakes, "traceback": traceback_text},
-    )
-
-
-def _explain(run_directory: Path, error: Exception) -> Exception:
-    """The first failure that a worker reported: a user's mistake, or a fault with its traceback."""
-    reports = sorted(
-        (run_directory / "logs").glob("error-rank*.json"), key=lambda file: file.stat().st_mtime_ns
-    )
-    killed = _first_killed(error)
-    if killed is not None and not (run_directory / "logs" / f"error-rank{killed}.json").exists():
-        return WorkerFailed(
-            f"rank {killed} was killed (SIGKILL), most likely for lack of memory: try a smaller "
-            f"`parallel.micro_batch`, `training.recompute: full` or fewer workers.\nIts log is "
-            f"{run_directory / 'logs' / f'rank{killed}.log'}"
-        )
-    if not reports:
-        return WorkerFailed(
-            f"a worker died without a word; see the logs in {run_directory / 'logs'}\n{error}"
-        )
-    first = json.loads(reports[0].read_text())
-    if first["mistakes"]:
-        return UserError([Mistake(**mistake) for mistake in first["mistakes"]])
-    return WorkerFailed(f"rank {first['rank']} failed:\n{first['traceback']}")
-
-
-def _first_killed(error: Exception) -> int | None:
-    """The rank whose death by SIGKILL came before any other failure."""
-    failures = getattr(error, "failures", None)
-    if not failures:
-        return None
-    rank, first = min(failures.items(), key=lambda item: item[1].timestamp)
-    return rank if first.exitcode == -signal.SIGKILL else None
+def _exit_codes(error: ChildFailedError) -> dict[int, int]:
+    """Exit codes of the ranks that ended first, by rank: the others were ended for their sake."""
+    first = min(failure.timestamp for failure in error.failures.values())
+    return {
+        rank: failure.exitcode
+        for rank, failure in error.failures.items()
+        if failure.timestamp <= first + 1
+    }
 
 
 def _patience(config: type) -> dict[str, Any]:

@@ -59,6 +59,8 @@ def detect_machine() -> Machine:
         memory_bytes=memory,
         can_compile=compile_obstacle(kind) is None,
         launched=int(os.environ.get("WORLD_SIZE", "0")) if "RANK" in os.environ else 0,
+        has_float8=devices > 0
+        and all(torch.cuda.get_device_capability(index) >= (8, 9) for index in range(devices)),
     )
 
 

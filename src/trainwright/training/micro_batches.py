@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from trainwright.data.batches import Batch
 from trainwright.kernels.dropout import token_keys
 from trainwright.models.decoder import Decoder
+from trainwright.parallel.activation_offload import offloaded_activations
 from trainwright.parallel.precision import COMPUTE_DTYPES, autocast
 from trainwright.parallel.spread import SpreadModel
 
@@ -72,7 +73,7 @@ def train_micro_batches(
     def forward(stage: int, number: int, hidden: Tensor | None) -> Tensor:
         part = spread.parts[spread.stages.index(stage)]
         runner = _Stage(part, hidden)
-        with compute_context(spread):
+        with offloaded_activations(spread.plan.activation_offload), compute_context(spread):
             loss, _ = objective(runner, micro_batches[number])  # type: ignore[arg-type]
         if runner.stream is not None:
             return runner.stream
@@ -92,6 +93,7 @@ def train_micro_batches(
             len(micro_batches),
             lambda number: stream_shape(spread, micro_batches[number]),
             before_last_backward=lambda stage: spread.before_backward(stage, last=True),
+            after_weights=spread.after_weights,
         )
     return losses
 

@@ -13,6 +13,7 @@ import signal
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -130,6 +131,8 @@ def _serve(connection: Connection, rank: int, size: int, rendezvous: str) -> Non
     import torch
     import torch.distributed as dist
 
+    # torch deprecates, from 2.13 on, names of collectives that earlier releases have only.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch")
     torch.set_num_threads(1)
     # The host's own name may resolve to an address that nothing listens on.
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")

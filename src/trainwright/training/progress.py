@@ -46,6 +46,7 @@ class Standing:
     loss_weight: float = 0.0
     curve: tuple[float, ...] = ()
     curve_every: int = 1
+    verbose: bool = False  # show what each dimension of parallelism sent, too
 
     def take(self, record: Record, now: float) -> None:
         """Add a step's record; `now` is in seconds, of any clock that runs evenly."""
@@ -199,6 +200,8 @@ class Display:
         )
         yield line
         yield fit(numbers(standing), options.max_width)
+        if standing.verbose and standing.last is not None:
+            yield fit(traffic(standing.last) or [Text("no traffic", "dim")], options.max_width)
 
 
 def numbers(standing: Standing) -> list[Text]:
@@ -223,6 +226,14 @@ def numbers(standing: Standing) -> list[Text]:
     if record.get("learning_rate") is not None:
         pieces.append(Text(f"lr {significant(record['learning_rate'])}", "dim"))
     return pieces
+
+
+def traffic(record: Record) -> list[Text]:
+    """What each dimension of parallelism sent in the step, and how long it took."""
+    return [
+        Text(f"{name} {bytes_text(moved['bytes'])} {1e3 * moved['seconds']:.0f} ms", "dim")
+        for name, moved in (record.get("traffic") or {}).items()
+    ]
 
 
 def fit(pieces: list[Text], width: int) -> Text:
@@ -256,6 +267,8 @@ def plain_line(standing: Standing, now: float) -> str:
     left = standing.seconds_left(now)
     pieces = [f"step {standing.done:,}/{standing.total:,}"]
     pieces += [piece.plain for piece in numbers(standing) if not set(piece.plain) & set(BLOCKS)]
+    if standing.verbose and standing.last is not None:
+        pieces += [piece.plain for piece in traffic(standing.last)]
     if left:
         pieces.append(f"{duration_text(left)} left")
     return "  ".join(pieces)

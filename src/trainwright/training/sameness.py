@@ -32,7 +32,7 @@ from trainwright.parallel.world import World
 from trainwright.planner.plan import Plan
 from trainwright.recipe.schema import Recipe
 from trainwright.training.assemble import build_all_optimizers
-from trainwright.training.step import TrainStep
+from trainwright.training.step import StepStats, TrainStep
 
 STEPS, ROWS = 5, 16
 LOSS_LIMIT, GRADIENT_LIMIT = 1e-5, 1e-4  # relative; fp32 sums in another order stay below
@@ -57,7 +57,7 @@ class Outcome:
 
 
 def made_batch(step: int, *, rows: int, sequence: int, vocabulary: int, seed: int) -> Batch:
-    """A batch of made-up packed documents of uneven lengths, some padded, as `Batches` gives them."""
+    """Made-up packed documents of uneven lengths, some rows padded, as `Batches` gives them."""
     rng = np.random.default_rng([seed, step])
     input_ids = rng.integers(1, vocabulary, (rows, sequence))
     labels = np.full((rows, sequence), IGNORED, dtype=np.int64)
@@ -77,49 +77,61 @@ def made_batch(step: int, *, rows: int, sequence: int, vocabulary: int, seed: in
     return Batch(input_ids, labels, positions, segments, (("made up",),) * rows)
 
 
+class Trial:
+    """A model, spread as a plan says, and what trains it on made-up batches."""
+
+    def __init__(
+        self, recipe: Recipe, hf_config: Mapping[str, Any], plan: Plan, world: World
+    ) -> None:
+        config = decoder_config(hf_config)
+
+        def build(span: Span | None) -> Model:
+            return new_model(config, device="meta", span=span)
+
+        def fill(model: Model) -> None:
+            initialise(model, recipe.seed)  # type: ignore[arg-type]
+
+        self.recipe, self.plan, self.vocabulary = recipe, plan, config.vocab_size
+        self.model = spread(build, plan, world, fill)
+        self.optimizers = build_all_optimizers(self.model, recipe.optimizer)
+        self.step = TrainStep(
+            self.model, self.optimizers, next_token_loss, recipe.training, seed=recipe.seed
+        )
+
+    def train(self, index: int) -> StepStats:
+        """The step of that number, on this worker's rows of its batch."""
+        own = ROWS // self.plan.data_ranks
+        first = self.model.mesh.index("data") * own
+        whole = made_batch(
+            index,
+            rows=ROWS,
+            sequence=self.plan.sequence_length,
+            vocabulary=self.vocabulary,
+            seed=self.recipe.seed,
+        )
+        batch = rows_of(whole, slice(first, first + own))
+        return self.step(batch, self.recipe.optimizer.learning_rate, first, index=index)
+
+
 def run_steps(
     recipe: Recipe, hf_config: Mapping[str, Any], plan: Plan, world: World, steps: int = STEPS
 ) -> tuple[list[float], list[float], SpreadModel, list[dict[str, Tensor]]]:
     """Train on made-up batches: losses, norms, the model, and each step's gradients (local)."""
-    config = decoder_config(hf_config)
-
-    def build(span: Span | None) -> Model:
-        return new_model(config, device="meta", span=span)
-
-    def fill(model: Model) -> None:
-        initialise(model, recipe.seed)  # type: ignore[arg-type]
-
-    model = spread(build, plan, world, fill)
-    optimizers = build_all_optimizers(model, recipe.optimizer)
-    step = TrainStep(model, optimizers, next_token_loss, recipe.training, seed=recipe.seed)
+    trial = Trial(recipe, hf_config, plan, world)
     gradients: list[dict[str, Tensor]] = []
 
     def keep_gradients() -> None:
         gradients.append(
             {
                 name: local(parameter.grad).detach().clone()
-                for name, parameter in model.unique_parameters()
+                for name, parameter in trial.model.unique_parameters()
                 if parameter.grad is not None
             }
         )
 
-    step.gradients_ready = keep_gradients
-    own = ROWS // plan.data_ranks
-    first = model.mesh.index("data") * own
-    losses, norms = [], []
-    for index in range(steps):
-        whole = made_batch(
-            index,
-            rows=ROWS,
-            sequence=plan.sequence_length,
-            vocabulary=config.vocab_size,
-            seed=recipe.seed,
-        )
-        rate = recipe.optimizer.learning_rate
-        stats = step(rows_of(whole, slice(first, first + own)), rate, first, index=index)
-        losses.append(stats.loss)
-        norms.append(stats.gradient_norm)
-    return losses, norms, model, gradients
+    trial.step.gradients_ready = keep_gradients
+    stats = [trial.train(index) for index in range(steps)]
+    return [s.loss for s in stats], [s.gradient_norm for s in stats], trial.model, gradients
 
 
 def rows_of(batch: Batch, rows: slice) -> Batch:

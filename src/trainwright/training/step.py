@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from trainwright.data.batches import Batch
 from trainwright.errors import Mistake, UserError
+from trainwright.models.decoder import Decoder
 from trainwright.optim.clip import clip_factor, scale_gradients
 from trainwright.optim.optimizers import set_learning_rate
 from trainwright.parallel.precision import LossScale, is_finite
@@ -22,6 +23,7 @@ from trainwright.training.micro_batches import (
     to_tensors,
     train_micro_batches,
 )
+from trainwright.training.routers import Routers
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,9 @@ class StepStats:
     batch_hash: str
     skipped: bool  # fp16 only: the gradients overflowed, the scale was halved, nothing changed
     stop_requested: bool  # some worker was asked to stop after this step
+    router: Mapping[str, float] = field(
+        default_factory=dict
+    )  # balance of experts, if there are any
 
 
 class TrainStep:
@@ -54,7 +59,12 @@ class TrainStep:
         self.objective = objective
         self.plan, self.world = spread.plan, spread.mesh.world
         self.gradient_clip, self.dropout = training.gradient_clip, training.dropout
+        if self.dropout:
+            for part in spread.parts:
+                assert isinstance(part, Decoder)  # the planner refuses it for other models
+                part.set_dropout(self.dropout)
         self.seed = seed
+        self.routers = Routers.of(spread, training)
         self.loss_scale = LossScale(spread.plan.precision)
         self.parameters = spread.trained_parameters()
         # Called with whole gradients in place, before they are clipped.
@@ -107,6 +117,7 @@ class TrainStep:
             self.loss_scale.update(finite=True)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
+        router = self.routers.after_step(skipped) if self.routers is not None else {}
 
         stats = StepStats(
             loss=loss.item(),
@@ -116,6 +127,7 @@ class TrainStep:
             batch_hash=f"{batch_hash % 2**64:016x}",
             skipped=skipped,
             stop_requested=stops > 0,
+            router=router,
         )
         self._refuse_broken_numbers(stats, losses, batch)
         return stats
@@ -129,6 +141,8 @@ class TrainStep:
             for start in range(0, len(batch.input_ids), rows)
         ]
         scale = self.loss_scale.value / weight
+        if self.routers is not None:
+            self.routers.before_step(scale)
         losses = train_micro_batches(self.spread, self.objective, micro_batches, scale)
         self.spread.finish_gradients()
         return losses

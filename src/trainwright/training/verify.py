@@ -16,7 +16,7 @@ import torch
 from trainwright.errors import Mistake, UserError
 from trainwright.models.families import FAMILIES, decoder_config
 from trainwright.parallel.world import World
-from trainwright.planner.enumerate import enumerate_plans
+from trainwright.planner.combinations import enumerate_plans
 from trainwright.planner.plan import Plan
 from trainwright.recipe.schema import Recipe
 from trainwright.training import sameness
@@ -103,13 +103,14 @@ def small_config(recipe: Recipe) -> dict[str, Any]:
 def settings_of(recipe: Recipe) -> Recipe:
     """The recipe as it is verified: fp32, plain AdamW, nothing compiled.
 
-    Other optimizers would answer a last bit's difference in a gradient with a large one.
+    AdamW's first update is nearly the gradient's sign, which the last bit decides where a gradient
+    is next to nothing: `eps` keeps such elements still. Muon would answer such bits with more.
     """
     training = recipe.training.model_copy(
         update={"precision": "fp32", "compile": False, "recompute": "none"}
     )
     optimizer = type(recipe.optimizer)(
-        learning_rate=1e-3, weight_decay=recipe.optimizer.weight_decay
+        learning_rate=3e-4, eps=1e-6, weight_decay=recipe.optimizer.weight_decay
     )
     return recipe.model_copy(update={"training": training, "optimizer": optimizer})
 
@@ -117,7 +118,7 @@ def settings_of(recipe: Recipe) -> Recipe:
 def legal_plans(recipe: Recipe, hf_config: Mapping[str, Any], world_size: int) -> list[Plan]:
     """Every legal plan of the small model, in a fixed order. Raises UserError where none is."""
     found = enumerate_plans(
-        decoder_config(hf_config), world_size, rows=ROWS, sequence_length=SEQUENCE
+        decoder_config(hf_config), world_size, batch_sequences=ROWS, sequence_length=SEQUENCE
     )
     if not found:
         raise UserError(
@@ -196,5 +197,3 @@ def as_record(outcome: Outcome) -> dict[str, Any]:
         "passed": outcome.passed,
         "error": outcome.error,
     }
-
-

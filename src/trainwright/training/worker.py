@@ -1,4 +1,4 @@
-"""One worker of a run: `python -m trainwright.training.worker RUN`, started by `launch`.
+"""One worker of a run: `python -m trainwright.training.worker RUN [--verbose]`, by `launch`.
 
 Joins the other workers, builds its part of the model, takes up the newest checkpoint, trains.
 """
@@ -14,30 +14,35 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainwright.errors import UserError
-from trainwright.training.launch import INTERRUPTED, INTERRUPTED_MARK, report_failure
+from trainwright.training.launch import INTERRUPTED, INTERRUPTED_MARK
 
 if TYPE_CHECKING:
+    from trainwright.comm.meter import Meter
     from trainwright.parallel.world import World
+    from trainwright.training.loop import Trainer
     from trainwright.training.run_directory import RunDirectory
 
 
 def main() -> None:
     """Run the worker of a run directory; exit code 2 for a user's mistake, 1 for a fault."""
     logs = Path(sys.argv[1]) / "logs"
-    rank = int(os.environ.get("RANK", "0"))
-    _redirect_output(logs, rank)
+    _redirect_output(logs, int(os.environ.get("RANK", "0")))
 
     # After the redirection: what importing torch has to say belongs in the log.
     try:
-        from trainwright.parallel.world import join_world, leave_world
-        from trainwright.training.run_directory import RunDirectory
+        from trainwright.resilience.guard import watched
 
-        world = join_world()
-        finished = run_worker(RunDirectory(Path(sys.argv[1])), world)
-        leave_world(world)
+        with watched(logs):
+            from trainwright.parallel.world import join_world, leave_world
+            from trainwright.training.run_directory import RunDirectory
+
+            world = join_world()
+            run = RunDirectory(Path(sys.argv[1]))
+            finished = run_worker(run, world, verbose="--verbose" in sys.argv[2:])
+            leave_world(world)
     except BaseException as error:
-        report_failure(logs, rank, error, traceback.format_exc())
-        traceback.print_exc()
+        if isinstance(error, UserError):  # any other has been told by `watched`
+            traceback.print_exc()
         sys.stderr.flush()
         # Not sys.exit: collectives still in flight on other threads must not delay the news.
         os._exit(2 if isinstance(error, UserError) else 1)
@@ -45,11 +50,17 @@ def main() -> None:
         (logs / INTERRUPTED_MARK).touch()
 
 
-def run_worker(run: RunDirectory, world: World) -> bool:
-    """Train the run's remaining steps; False if the run was asked to stop before its end."""
+def run_worker(run: RunDirectory, world: World, *, verbose: bool = False) -> bool:
+    """Train the run's remaining steps; False if the run was asked to stop before its end.
+
+    `verbose` shows each dimension's traffic.
+    """
     from trainwright.training.assemble import assemble
 
     assembled = assemble(run, world)
+    if assembled.progress is not None:
+        assembled.progress.standing.verbose = verbose
+    meter = measure_traffic(assembled.trainer) if world.size > 1 and world.is_first else None
 
     def request_stop(signum: int, frame: object) -> None:
         if assembled.trainer.stop_requested:
@@ -70,8 +81,24 @@ def run_worker(run: RunDirectory, world: World) -> bool:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+        if meter is not None:
+            meter.stop()
     assembled.close(done)
     return done == assembled.trainer.total_steps
+
+
+def measure_traffic(trainer: Trainer) -> Meter:
+    """Count this worker's collectives; each step's record gets what the step moved."""
+    from trainwright.comm.meter import Meter
+    from trainwright.training.hooks import ForgetTrafficHook, MetricsHook
+
+    meter = Meter()
+    for hook in trainer.hooks:
+        if isinstance(hook, MetricsHook):
+            hook.meter = meter
+    trainer.hooks = [*trainer.hooks, ForgetTrafficHook(meter)]
+    meter.start()
+    return meter
 
 
 def _redirect_output(logs: Path, rank: int) -> None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 import sysconfig
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 
 import trainwright
 
@@ -24,7 +25,7 @@ _RESTING = (
     "/threading.py",
     "/queue.py",
     "/concurrent/futures/thread.py",
-    "/torch/autograd/graph.py",
+    "/torch/autograd/graph.py",  # on CUDA, backward runs on a thread of its own
 )
 
 
@@ -33,26 +34,18 @@ def frames() -> dict[int, FrameType]:
     return dict(sys._current_frames())
 
 
+def here() -> str:
+    """`place` of whoever called the library that calls this."""
+    return place(sys._getframe(1))
+
+
 def place(frame: FrameType | None) -> str:
     """`trainwright/training/step.py:97 in _accumulate`, for the innermost line that is ours."""
     while frame is not None:
-        if (file := _shown_file(frame)) is not None:
+        file = _shown_file(frame.f_code)
+        if file is not None:
             return f"{file}:{frame.f_lineno} in {frame.f_code.co_name}"
         frame = frame.f_back
-    return ""
-
-
-def place_of_error(error: BaseException) -> str:
-    """`place` of the line that an error came from."""
-    # Not the frames' current lines: some have moved on to where the error was caught.
-    steps = []
-    trace = error.__traceback__
-    while trace is not None:
-        steps.append((trace.tb_frame, trace.tb_lineno))
-        trace = trace.tb_next
-    for frame, line in reversed(steps):
-        if (file := _shown_file(frame)) is not None:
-            return f"{file}:{line} in {frame.f_code.co_name}"
     return ""
 
 
@@ -61,9 +54,10 @@ def is_resting(frame: FrameType | None) -> bool:
     return frame is None or frame.f_code.co_filename.endswith(_RESTING)
 
 
-def _shown_file(frame: FrameType) -> str | None:
-    """The frame's file as a user knows it; None in a library or a room that only carries."""
-    file = frame.f_code.co_filename
+@functools.lru_cache(maxsize=4096)  # every collective asks, for the same few frames
+def _shown_file(code: CodeType) -> str | None:
+    """The code's file as a user knows it; None in a library or a room that only carries."""
+    file = code.co_filename
     if file.startswith(_PACKAGE):
         if file.startswith(_CARRIERS):
             return None

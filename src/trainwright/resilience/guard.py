@@ -1,0 +1,60 @@
+"""Around a worker's whole work: the watchdog beside it, and its failure reported."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from trainwright.comm.hooks import LEDGER
+from trainwright.errors import UserError
+from trainwright.resilience.board import open_board
+from trainwright.resilience.recorder import Recorder
+from trainwright.resilience.reports import report_failure
+from trainwright.resilience.watchdog import Limits, Watchdog
+
+
+@contextmanager
+def watched(logs: Path, limits: Limits | None = None) -> Iterator[None]:
+    """Do the work of the rank that the launcher's environment describes, watched.
+
+    Enter it before the process group is joined. An error that leaves the block is written among
+    the logs and, if it is no UserError, to standard error with the rank; then the other ranks end.
+    If it came of ranks that called different collectives, it says how those differ.
+    """
+    rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    dog = None
+    if world_size > 1:
+        dog = Watchdog(open_board, rank, world_size, logs, siblings=_siblings(rank), limits=limits)
+        dog.start()
+    recorder = Recorder(logs, rank) if world_size > 1 else None
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        comparison = dog.fail(error) if dog is not None else ""
+        # Wrong arguments are this rank's own mistake; a broken connection is not.
+        in_collective = isinstance(error, RuntimeError) and LEDGER.failed_call(error) is not None
+        text = traceback.format_exc()
+        report_failure(logs, rank, error, text, in_collective=in_collective, comparison=comparison)
+        if not isinstance(error, UserError):
+            said = f"{comparison}\n{text}" if comparison else text
+            print(f"rank {rank} failed: {said}", file=sys.stderr, flush=True)
+        if dog is not None:
+            dog.release()
+        raise
+    if dog is not None:
+        dog.finish()
+    if recorder is not None:
+        recorder.close()
+
+
+def _siblings(rank: int) -> range:
+    """Ranks on this machine, by the launcher's word: they are numbered one after the other."""
+    local = int(os.environ.get("LOCAL_RANK", rank))
+    count = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return range(rank - local, rank - local + count)
