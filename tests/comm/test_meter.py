@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
 
@@ -75,8 +75,9 @@ def test_each_collective_sends_what_its_ring_sends(n):
 def sharded_step() -> tuple[int, dict[str, float], dict[str, float]]:
     """Bytes of an FSDP2 step, and of a DTensor made whole, which calls functional collectives."""
     n = dist.get_world_size()
-    mesh = init_device_mesh("cpu", (n,), mesh_dim_names=("fsdp",))
-    name_group(mesh.get_group(), "fsdp")
+    group = dist.new_group(list(range(n)))
+    name_group(group, "fsdp")
+    mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("fsdp",))
     model = nn.Sequential(nn.Linear(16, 16, bias=False), nn.Linear(16, 16, bias=False))
     for layer in model:
         fully_shard(layer, mesh=mesh)

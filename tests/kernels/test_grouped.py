@@ -11,6 +11,7 @@ from trainwright.kernels.grouped import (
     grouped_linear,
     grouped_linear_reference,
     permute_rows,
+    rounded,
     ungroup_rows,
 )
 
@@ -65,6 +66,34 @@ def test_autocast_narrows_and_gradients_come_back_wide() -> None:
     result.float().sum().backward()
     assert weight.grad is not None
     assert weight.grad.dtype == torch.float32
+
+
+@pytest.mark.parametrize("counts", [[3, 0, 70], [0, 0, 1], [129, 16, 8]], ids=str)
+def test_narrow_types(counts: list[int]) -> None:
+    """On CPU their rows are rounded up, which no result shows."""
+    torch.manual_seed(0)
+    x = torch.randn(sum(counts), 12).bfloat16().requires_grad_()
+    weight = torch.randn(3, 20, 12).bfloat16().requires_grad_()
+    upstream = torch.randn(sum(counts), 20).bfloat16()
+    result = grouped_linear(x, weight, torch.tensor(counts))
+    ours = (result, *torch.autograd.grad(result, (x, weight), upstream))
+    x, weight = x.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    result = grouped_linear_reference(x, weight, torch.tensor(counts))
+    theirs = (result, *torch.autograd.grad(result, (x, weight), upstream.double()))
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.dtype == torch.bfloat16
+        torch.testing.assert_close(one.double(), other, rtol=1e-2, atol=1e-2)
+
+
+def test_few_numbers_of_rows_reach_the_narrow_product() -> None:
+    """PyTorch keeps compiled code for each of them."""
+    x = torch.zeros(1024, 1, dtype=torch.bfloat16)
+    sizes = {len(rounded(x, slice(0, count))) for count in range(1, 1025)}
+    assert len(sizes) < 64
+    for count in range(64, 1025):
+        assert count <= len(rounded(x, slice(0, count))) <= count * 1.125
+    wide = x.float()
+    assert len(rounded(wide, slice(3, 20))) == 17
 
 
 def test_a_weight_that_is_not_trained_gets_no_gradient() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
@@ -12,10 +13,18 @@ import torch
 from trainwright.models.decoder import Decoder
 from trainwright.models.families import DecoderConfig, decoder_config, new_hf_config
 from trainwright.optim.optimizers import build_optimizers
-from trainwright.planner.memory import activation_bytes, head_bytes, layer_bytes, state_bytes
+from trainwright.planner.memory import (
+    activation_bytes,
+    head_bytes,
+    in_flight,
+    layer_bytes,
+    state_bytes,
+)
 from trainwright.planner.parameters import block_weights, stage_weights
 from trainwright.planner.plan import Plan
+from trainwright.planner.schedules import SCHEDULES, make_schedule
 from trainwright.planner.shapes import count_parameters, parameter_count
+from trainwright.planner.timeline import most_in_flight
 from trainwright.recipe.schema import Optimizer
 
 SHAPE = {
@@ -221,3 +230,15 @@ def test_offloaded_states_are_the_hosts() -> None:
     assert none.host == 0
     assert optimizer.total == none.total - none.optimizer
     assert parameters.total == none.gathered
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_micro_batches_in_flight_are_the_schedules_however_many_there_are(name: str) -> None:
+    virtual = max(2, SCHEDULES[name].least_virtual) if SCHEDULES[name].most_virtual != 1 else 1
+    for ranks, many in itertools.product((2, 3, 4), (8, 17, 50, 51)):
+        plan = plan_of(
+            world_size=ranks, pp=ranks, virtual_stages=virtual, schedule=name, accumulation=many
+        )
+        schedule = make_schedule(name, ranks, virtual, many)
+        for rank in range(ranks):
+            assert len(in_flight(plan, rank)) == most_in_flight(schedule[rank])

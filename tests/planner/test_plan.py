@@ -289,7 +289,7 @@ def test_every_dimension_from_recipe_to_plan_and_back() -> None:
     [
         ({"recompute": 0.5}, {}, LAPTOP, True),  # only the compiler meets a budget
         ({}, {}, GPUS, True),
-        ({}, {"tp": 2}, GPUS, False),
+        ({}, {"tp": 2}, GPUS, True),
         ({}, {"pp": 2, "schedule": "zbv"}, GPUS, False),
         ({}, {"pp": 2}, GPUS, True),
     ],

@@ -27,6 +27,10 @@ if os.environ.get("RANK") == "{rank}":
         return plain(self, index, rows)
     Batches.batch = batch
 """
+TORCHRUN = [
+    *("-m", "torch.distributed.run"),
+    *("--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1"),
+]
 LIMIT = 30.0  # seconds in which all workers end
 
 
@@ -47,7 +51,9 @@ class Outcome:
         return (self.run / "logs" / f"rank{rank}.log").read_text()
 
 
-def run_with_fault(folder: Path, kind: str, rank: int, step: int, workers: int = 2) -> Outcome:
+def run_with_fault(
+    folder: Path, kind: str, rank: int, step: int, workers: int = 2, *, torchrun: bool = False
+) -> Outcome:
     """Train until `step`, and see one rank fail: `kind` is killed, stopped or raising."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     if kind == "raising":
@@ -60,8 +66,11 @@ def run_with_fault(folder: Path, kind: str, rank: int, step: int, workers: int =
         training={"steps": 100_000, "batch_sequences": 2 * workers},
         parallel={"workers": workers, "micro_batch": 2},
     )
+    launcher = []
+    if torchrun:
+        launcher = [*TORCHRUN, "--nproc-per-node", str(workers)]
     process = subprocess.Popen(
-        [sys.executable, "-m", "trainwright", "train", str(recipe)],
+        [sys.executable, *launcher, "-m", "trainwright", "train", str(recipe)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -97,8 +106,7 @@ def worker_processes(launcher: int) -> dict[int, psutil.Process]:
     found = {}
     for child in psutil.Process(launcher).children():
         try:
-            if "trainwright.training.worker" in child.cmdline():
-                found[int(child.environ()["RANK"])] = child
+            found[int(child.environ()["RANK"])] = child
         except (psutil.Error, KeyError):
             continue
     return found

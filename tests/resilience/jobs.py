@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from trainwright.comm.groups import name_group
 from trainwright.resilience.guard import watched
+from trainwright.resilience.recorder import Recorder
 from trainwright.resilience.watchdog import Limits
 
 QUICK = Limits(period=0.1, hang=2.0, waiting=0.5)
@@ -32,6 +33,7 @@ def serve(job: str, rank: int, world_size: int, port: int, logs: str) -> None:
         MASTER_PORT=str(port),
         TORCHELASTIC_USE_AGENT_STORE="True",
     )
+    recorder = Recorder(Path(logs), rank)
     with watched(Path(logs), QUICK):
         dist.init_process_group("gloo", timeout=timedelta(minutes=5))
         pair = dist.new_group([0, 1])
@@ -39,6 +41,7 @@ def serve(job: str, rank: int, world_size: int, port: int, logs: str) -> None:
             name_group(pair, "tp")
         JOBS[job](rank, pair)
         dist.barrier()
+    recorder.close()
     os._exit(0)
 
 

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
+
 from tests.resilience.faults import LIMIT, run_with_fault
+
+pytestmark = pytest.mark.slow
 
 
 def test_a_killed_rank_is_named_and_all_end(tmp_path):
@@ -31,4 +35,20 @@ def test_a_raising_rank_shows_its_own_error_first_and_all_end(tmp_path):
     assert "Connection" not in outcome.said
     assert "the disk of rank 1 says no" in outcome.log(1)
     assert outcome.log(0)
+    assert outcome.seconds < LIMIT
+
+
+def test_under_torchrun_the_ranks_watch_each_other(tmp_path):
+    outcome = run_with_fault(tmp_path, "stopped", rank=0, step=3, torchrun=True)
+    assert outcome.code == 1
+    assert outcome.first_line().startswith("rank 0 (process ")
+    assert "was stopped (SIGSTOP)" in outcome.first_line()
+    assert outcome.seconds < LIMIT
+
+
+def test_under_torchrun_a_raising_rank_speaks_first(tmp_path):
+    outcome = run_with_fault(tmp_path, "raising", rank=1, step=4, torchrun=True)
+    assert outcome.code == 1
+    assert outcome.first_line().startswith("rank 1 failed:")
+    assert "ValueError: the disk of rank 1 says no" in outcome.said
     assert outcome.seconds < LIMIT

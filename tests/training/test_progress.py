@@ -211,3 +211,16 @@ def test_a_run_with_nothing_left_to_do_finishes_too():
     progress.start(10, 10)
     progress.finish({"step": 10, "seconds": 0.1})
     assert out.getvalue().splitlines()[-1] == "0 steps in 0.1 s"
+
+
+def test_traffic_is_shown_only_where_it_was_asked_for():
+    moved = {"tp": {"bytes": 1.5e6, "seconds": 0.0304, "calls": 8}}
+    progress, _, out = plain_progress()
+    progress.start(10)
+    progress.step(step(1, traffic=moved))
+    assert "tp" not in out.getvalue()
+    progress, _, out = plain_progress()
+    progress.start(10)
+    progress.standing.verbose = True
+    progress.step(step(1, traffic=moved))
+    assert "tp 1.50 MB 30 ms" in out.getvalue()

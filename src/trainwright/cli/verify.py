@@ -15,6 +15,8 @@ Examples:
   trainwright verify recipe.yaml --world-size 8 --plans 100
 
   trainwright verify recipe.yaml training.dropout=0.1 --plans 0
+
+  trainwright verify recipe.yaml parallel.dp_shard=64 parallel.tp=8 --simulate 512
 """
 
 
@@ -29,11 +31,21 @@ def verify(
     ] = 100,
     seed: Annotated[int, typer.Option(help="Which plans are tried.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print a line of JSON a plan.")] = False,
+    simulate: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="Instead, take a step of one rank of so many GPUs here, without values, and "
+            "compare what it sends with the planner's formulas.",
+            show_default=False,
+        ),
+    ] = 0,
+    rank: Annotated[int, typer.Option(min=0, help="The rank that --simulate is.")] = 0,
 ) -> None:
     """Train a small model of the recipe's family on many plans, and compare with one process.
 
     Every step's loss and every parameter's gradient are compared, in fp32, on this machine's CPU.
-    Exit code 1 if any plan differs.
+    Exit code 1 if any plan differs, or any collective from its formula.
     """
     import json
     import time
@@ -52,6 +64,12 @@ def verify(
             console.print(line, markup=False, soft_wrap=True)
 
     loaded = load_recipe(recipe, overrides or [], recipe_checks)
+    if simulate:
+        from trainwright.cli.simulated import simulate_rank
+
+        if not simulate_rank(loaded, simulate, rank, as_json):
+            raise typer.Exit(1)
+        return
     started, passed, failed = time.monotonic(), 0, 0
     outcomes = run(loaded, world_size=world_size, plans=plans or None, seed=seed, say=say)
     for number, outcome in enumerate(outcomes):

@@ -24,7 +24,11 @@ def is_recomputing() -> bool:
 
     False inside a compiled block: what it counts is kept from its first pass.
     """
-    return not torch.compiler.is_compiling() and _depth.value > 0
+    if torch.compiler.is_compiling():
+        return False
+    # A block that the compiler had to break up is recomputed without our context; but whatever
+    # runs forward within a backward pass is a recomputation.
+    return _depth.value > 0 or torch._C._current_graph_task_id() != -1
 
 
 class recomputing:  # noqa: N801 - a context manager, named like a function

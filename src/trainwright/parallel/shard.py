@@ -6,6 +6,8 @@ the weight of the whole global batch.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
@@ -21,7 +23,7 @@ def shard(model: nn.Module, blocks: list[nn.Module], plan: Plan, mesh: Mesh) -> 
     stay tied. Experts that are cut over ep are sharded over the workers that hold equal ones.
     The weights gathered for a forward pass stay until its backward pass unless `plan.zero` is 3.
     """
-    options = {
+    options: dict[str, Any] = {
         "mp_policy": sharded_policy(plan.precision),
         "offload_policy": offload_policy(plan, mesh.world.device),
         "reshard_after_forward": plan.zero == 3,

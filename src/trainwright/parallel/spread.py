@@ -139,7 +139,7 @@ class SpreadModel:
 
 
 def spread(build: Build, plan: Plan, world: World, fill: Callable[[Model], None]) -> SpreadModel:
-    """Stages → float8 → experts → tensors → context → recompute → compile → shard → materialise → fill.
+    """A stage at a time: build, float8, experts, tensors, context, recompute, compile, shard, fill.
 
     `build` makes a stage (None: all of the model) on meta, or a model that holds its weights
     already; `fill` writes the weights of what was on meta, each worker its own part.

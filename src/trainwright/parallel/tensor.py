@@ -61,7 +61,10 @@ class CutStream:
 
 
 def cut_tensors(model: Decoder, group: dist.ProcessGroup) -> None:
-    """Cut `model`, still on meta, over the workers of `group`. Legal shapes are the planner's job."""
+    """Cut `model`, still on meta, over the workers of `group`.
+
+    Which shapes can be cut is the planner's to say.
+    """
     stream = CutStream(group)
     model.model.stream = stream
     if hasattr(model.model, "embed_tokens"):
@@ -169,7 +172,7 @@ def _cut_sparse(model: Decoder, prefix: str, module: nn.Module, stream: CutStrea
     def forward(x: Tensor) -> Tensor:
         return stream.leave(inner(stream.enter(x)))
 
-    module.forward = forward
+    _replace_forward(module, forward)
 
 
 CUTTERS: dict[type[nn.Module], Callable[[Decoder, str, Any, CutStream], None]] = {
@@ -223,7 +226,7 @@ def _cut_rows(model: Decoder, prefix: str, linear: nn.Linear, stream: CutStream)
         # Added once, to the sum, and not by every worker.
         return stream.leave(F.linear(x, linear.weight)) + linear.bias
 
-    linear.forward = forward
+    _replace_forward(linear, forward)
 
 
 def _take_rows(linear: nn.Linear, rows: Tensor) -> None:
@@ -237,7 +240,7 @@ def _take_rows(linear: nn.Linear, rows: Tensor) -> None:
         bias = None if linear.bias is None else linear.bias[own]
         return F.linear(x, linear.weight[own], bias)
 
-    linear.forward = forward
+    _replace_forward(linear, forward)
 
 
 def _enter_first(module: nn.Module, stream: CutStream) -> None:
@@ -247,7 +250,7 @@ def _enter_first(module: nn.Module, stream: CutStream) -> None:
     def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return inner(stream.enter(hidden), *args, **kwargs)
 
-    module.forward = forward
+    _replace_forward(module, forward)
 
 
 def _share_norm(model: Decoder, prefix: str, norm: RMSNorm, stream: CutStream) -> None:
@@ -263,7 +266,7 @@ def _share_norm(model: Decoder, prefix: str, norm: RMSNorm, stream: CutStream) -
         normed = wide * torch.rsqrt(mean + norm.eps)
         return (normed * (norm.weight.float() + norm.offset)).to(x.dtype)
 
-    norm.forward = forward
+    _replace_forward(norm, forward)
 
 
 def _cut_embedding(model: Decoder, embedding: nn.Embedding, stream: CutStream) -> None:
@@ -282,4 +285,9 @@ def _cut_embedding(model: Decoder, embedding: nn.Embedding, stream: CutStream) -
         found = F.embedding(own.clamp(0, rows - 1), embedding.weight, padding)
         return stream.leave(found * here.unsqueeze(-1))
 
-    embedding.forward = forward
+    _replace_forward(embedding, forward)
+
+
+def _replace_forward(module: nn.Module, forward: Callable[..., Tensor]) -> None:
+    """On the instance, instead of wrapping it in another module: names stay what they are."""
+    module.forward = forward

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 from trainwright.models.families import DecoderConfig
 from trainwright.planner.shapes import flops_per_token
 
 
+_LARGEST_TRIED = 4096
+
+
+@lru_cache(maxsize=1024)
 def divisors(number: int) -> list[int]:
-    """All divisors of `number`, ascending."""
-    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    """Divisors of `number`, ascending: all of them below 16 million.
+
+    Of a larger number those up to 4,096, and what remains when they are divided out.
+    """
+    most = min(math.isqrt(number), _LARGEST_TRIED)
+    small = [n for n in range(1, most + 1) if number % n == 0]
     return sorted({*small, *(number // n for n in small)})
 
 

@@ -197,15 +197,12 @@ def _compiles(
         return training.compile
     if any(not isinstance(policy, str) for policy in candidate.recomputes):
         return True  # a memory budget is met by nothing else
-    # Collectives inside a block break what is compiled into pieces that gain nothing.
-    if (
-        not machine.can_compile
-        or candidate.splits
-        or candidate.tp * candidate.cp * candidate.ep > 1
-    ):
+    if not machine.can_compile or candidate.splits:
         return False
     if machine.device_kind == "cuda":
         return True
+    if candidate.tp * candidate.cp * candidate.ep > 1:
+        return False  # collectives cut a block into pieces, whose gain nobody has measured
     tokens = training.tokens
     steps = steps or training.steps
     if steps is not None:

@@ -109,7 +109,13 @@ def in_flight(plan: Plan, pp_rank: int, cost: dict[int, float] | None = None) ->
     """
     if plan.pp == 1:
         return [0]
-    schedule = make_schedule(plan.schedule, plan.pp, plan.virtual_stages, plan.accumulation)
+    many = plan.accumulation
+    if plan.schedule == "gpipe":
+        return stages_of(plan, pp_rank) * many  # all go forward before any goes back
+    # The others are full after a few rounds; what is over goes through in larger groups.
+    rounds = max(4 * plan.virtual_stages, plan.pp + 1)
+    many = min(many, rounds * plan.pp + many % plan.pp)
+    schedule = make_schedule(plan.schedule, plan.pp, plan.virtual_stages, many)
     held: list[int] = []
     most: list[int] = []
 

@@ -265,10 +265,7 @@ RULES: tuple[Rule, ...] = (
         "recompute_by_stage has an entry for each stage, pp × virtual_stages of them",
         lambda c: not c.recompute_by_stage or (c.pp > 1 and len(c.recompute_by_stage) == c.stages),
         lambda c: f"{len(c.recompute_by_stage)} entries, but {stages_in_words(c)}",
-        lambda c: [
-            {"recompute_by_stage": ()},
-            {"recompute_by_stage": (*c.recompute_by_stage, *["none"] * c.stages)[: c.stages]},
-        ],
+        lambda c: [{"recompute_by_stage": ()}],
     ),
     Rule(
         "zero-shards",

@@ -198,7 +198,9 @@ def _repair(path: KeyPath, field: FieldInfo | None, annotation: Any, given: Any)
     if any(get_origin(kind) is list for kind in kinds) and isinstance(given, str | Mapping):
         items = json.dumps(given, ensure_ascii=False) if isinstance(given, str) else "..."
         return f"make it a list: `{path[-1]}: [{items}]`"
-    return f"write for example {_example(path, field)}" if field else ""
+    if field is None:  # an item of a list: the list as it could be
+        path, field = path[:-1], field_at(path[:-1])
+    return f"write for example {_example(path, field)}" if field is not None else ""
 
 
 def _example(path: KeyPath, field: FieldInfo | None) -> str:

@@ -43,6 +43,7 @@ class History:
     directory: Path
     columns: dict[str, array] = field(default_factory=lambda: {key: array("d") for key in COLUMNS})
     evaluations: dict[tuple[str, int], Record] = field(default_factory=dict)  # by (name, step)
+    traffic: dict[str, list[Record]] = field(default_factory=dict)  # by dimension, a record a step
     samples: list[Record] = field(default_factory=list)
     checkpoints: list[Record] = field(default_factory=list)
     starts: list[Record] = field(default_factory=list)
@@ -130,6 +131,8 @@ def _take(history: History, record: Record) -> None:
         for key in COLUMNS:
             value = record.get(key)
             history.columns[key].append(math.nan if value is None else value)
+        for dimension, moved in (record.get("traffic") or {}).items():
+            history.traffic.setdefault(dimension, []).append(moved)
         history.skipped_steps += bool(record.get("skipped"))
         loss = record.get("loss")
         if loss is not None and not math.isfinite(loss):

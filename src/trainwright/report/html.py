@@ -35,6 +35,7 @@ from trainwright.report.tables import (
     percent_text,
     significant,
 )
+from trainwright.report.traffic import traffic_rows
 
 REPORT_FILE = "report.html"
 MOST_SAMPLED_STEPS = 12  # the page stays under 1 MB; all samples are in metrics.jsonl
@@ -94,6 +95,7 @@ def render(history: History) -> str:
         figures=figures(history),
         warnings=warnings(history),
         charts=charts,
+        traffic=traffic_rows(history),
         sampled=shown,
         hidden_samples=len({record["step"] for record in history.samples}) - len(shown),
         texts=folded_texts(history),

@@ -4,7 +4,8 @@
 
     start       step, and what the run began with (parameters, total_steps, world_size, ...)
     step        step, loss, learning_rate, gradient_norm, tokens, tokens_total, seconds,
-                tokens_per_second, mfu, memory_bytes, batch_hash
+                tokens_per_second, mfu, memory_bytes, batch_hash; with several workers traffic:
+                of the first, by dimension, its bytes, seconds and calls
     evaluation  step, name, loss, bits_per_byte, targets
     sample      step, prompt, completion
     checkpoint  step, seconds_stalled, bytes

@@ -12,7 +12,6 @@ from pathlib import Path
 from trainwright.comm.hooks import LEDGER
 from trainwright.errors import UserError
 from trainwright.resilience.board import open_board
-from trainwright.resilience.recorder import Recorder
 from trainwright.resilience.reports import report_failure
 from trainwright.resilience.watchdog import Limits, Watchdog
 
@@ -22,7 +21,8 @@ def watched(logs: Path, limits: Limits | None = None) -> Iterator[None]:
     """Do the work of the rank that the launcher's environment describes, watched.
 
     Enter it before the process group is joined. An error that leaves the block is written among
-    the logs and, if it is no UserError, to standard error with the rank; then the other ranks end.
+    the logs, if that folder is there, and to standard error with the rank, if it is no UserError;
+    then the other ranks end.
     If it came of ranks that called different collectives, it says how those differ.
     """
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -30,7 +30,6 @@ def watched(logs: Path, limits: Limits | None = None) -> Iterator[None]:
     if world_size > 1:
         dog = Watchdog(open_board, rank, world_size, logs, siblings=_siblings(rank), limits=limits)
         dog.start()
-    recorder = Recorder(logs, rank) if world_size > 1 else None
     try:
         yield
     except KeyboardInterrupt:
@@ -49,8 +48,6 @@ def watched(logs: Path, limits: Limits | None = None) -> Iterator[None]:
         raise
     if dog is not None:
         dog.finish()
-    if recorder is not None:
-        recorder.close()
 
 
 def _siblings(rank: int) -> range:

@@ -47,6 +47,8 @@ def report_failure(
 
     `in_collective`: a collective raised it. `comparison` says how ranks' calls differ.
     """
+    if not logs.is_dir():  # it failed before there was a run
+        return
     mistakes = [vars(mistake) for mistake in error.mistakes] if isinstance(error, UserError) else []
     write_json(
         logs / f"error-rank{rank}.json",
@@ -62,7 +64,8 @@ def report_failure(
 
 def write_verdict(logs: Path, kind: str, text: str, lost: int | None) -> None:
     """Leave what a watchdog has found; `lost` is the rank that it found lost."""
-    write_json(logs / VERDICT, {"kind": kind, "text": text, "lost": lost})
+    if logs.is_dir():
+        write_json(logs / VERDICT, {"kind": kind, "text": text, "lost": lost})
 
 
 def has_own_failure(logs: Path) -> bool:

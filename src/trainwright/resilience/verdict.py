@@ -157,9 +157,8 @@ def _tell_deadlock(
 ) -> str:
     for rank, beat in stuck.items():
         for wait in beat.waits:
-            difference = compare(wait, rank, beats)
-            if difference is not None:
-                return f"the run hangs: {difference}"
+            if _differs(wait, rank, set(stuck), beats):
+                return f"the run hangs: {compare(wait, rank, beats)}"
     lines = [
         f"  rank {rank} ({beat.host}) waits since {beat.quiet:.0f} s in {describe_rank(beat)}"
         for rank, beat in stuck.items()

@@ -233,8 +233,8 @@ class Watchdog:
 
     def _write_down(self) -> None:
         """What this rank waits in, while it waits for long."""
-        if self.beat.is_waiting and self.beat.quiet >= self.limits.waiting:
-            self.logs.mkdir(parents=True, exist_ok=True)
+        long = self.beat.is_waiting and self.beat.quiet >= self.limits.waiting
+        if long and self.logs.is_dir():
             write_atomically(self._waiting_file, self.beat.to_json() + "\n")
         else:
             self._waiting_file.unlink(missing_ok=True)

@@ -8,20 +8,40 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trainwright.errors import Mistake, UserError
-from trainwright.models.decoder import Decoder, OutputHead
+from trainwright.models.decoder import OutputHead
 from trainwright.models.fallback import FallbackModel
 from trainwright.rollout.sampling import SamplingParams, choose
 from trainwright.rollout.text import Detokenizer, StopScanner
 
-Model = Decoder | FallbackModel
 Prompt = str | Sequence[int]
 PADDING = -1
+
+
+class Model(Protocol):
+    """What generates: a `Decoder`, a `FallbackModel`, or a pipeline called like one."""
+
+    pads_left: bool
+    max_positions: int | None
+    stop_token_ids: tuple[int, ...]
+
+    @property
+    def refill_lengths(self) -> frozenset[int]:
+        """Lengths past which a cache is void."""
+
+    def new_cache(self, capacity: int = 256) -> Any:
+        """An empty key-value cache."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The weights, which say on which device they are."""
+
+    def __call__(self, input_ids: Tensor, **options: Any) -> Any:
+        """As `Decoder.forward`."""
 
 
 @dataclass(frozen=True)

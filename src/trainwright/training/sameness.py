@@ -78,10 +78,16 @@ def made_batch(step: int, *, rows: int, sequence: int, vocabulary: int, seed: in
 
 
 class Trial:
-    """A model, spread as a plan says, and what trains it on made-up batches."""
+    """A model, spread as a plan says, and what trains it on made-up batches of `rows` rows."""
 
     def __init__(
-        self, recipe: Recipe, hf_config: Mapping[str, Any], plan: Plan, world: World
+        self,
+        recipe: Recipe,
+        hf_config: Mapping[str, Any],
+        plan: Plan,
+        world: World,
+        *,
+        rows: int = ROWS,
     ) -> None:
         config = decoder_config(hf_config)
 
@@ -91,7 +97,8 @@ class Trial:
         def fill(model: Model) -> None:
             initialise(model, recipe.seed)  # type: ignore[arg-type]
 
-        self.recipe, self.plan, self.vocabulary = recipe, plan, config.vocab_size
+        self.recipe, self.plan, self.rows = recipe, plan, rows
+        self.vocabulary = config.vocab_size
         self.model = spread(build, plan, world, fill)
         self.optimizers = build_all_optimizers(self.model, recipe.optimizer)
         self.step = TrainStep(
@@ -100,11 +107,11 @@ class Trial:
 
     def train(self, index: int) -> StepStats:
         """The step of that number, on this worker's rows of its batch."""
-        own = ROWS // self.plan.data_ranks
+        own = self.rows // self.plan.data_ranks
         first = self.model.mesh.index("data") * own
         whole = made_batch(
             index,
-            rows=ROWS,
+            rows=self.rows,
             sequence=self.plan.sequence_length,
             vocabulary=self.vocabulary,
             seed=self.recipe.seed,

@@ -37,9 +37,8 @@ class StepStats:
     batch_hash: str
     skipped: bool  # fp16 only: the gradients overflowed, the scale was halved, nothing changed
     stop_requested: bool  # some worker was asked to stop after this step
-    router: Mapping[str, float] = field(
-        default_factory=dict
-    )  # balance of experts, if there are any
+    # How evenly a mixture's experts were loaded; empty for other models.
+    router: Mapping[str, float] = field(default_factory=dict)
 
 
 class TrainStep:

@@ -55,8 +55,10 @@ def run_worker(run: RunDirectory, world: World, *, verbose: bool = False) -> boo
 
     `verbose` shows each dimension's traffic.
     """
+    from trainwright.resilience.recorder import Recorder
     from trainwright.training.assemble import assemble
 
+    recorder = Recorder(run.logs, world.rank) if world.size > 1 else None
     assembled = assemble(run, world)
     if assembled.progress is not None:
         assembled.progress.standing.verbose = verbose
@@ -84,6 +86,8 @@ def run_worker(run: RunDirectory, world: World, *, verbose: bool = False) -> boo
         if meter is not None:
             meter.stop()
     assembled.close(done)
+    if recorder is not None:
+        recorder.close()
     return done == assembled.trainer.total_steps
 
 
