@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -29,9 +30,10 @@ SHARDS, TENSOR, NARROW, WIDE = 64, 8, 2, 4
 def formulas() -> dict[tuple[str, str], float]:
     """By hand, from the shape; a message counts as the rings send it."""
     matrices = LAYERS * (2 * HIDDEN**2 + 2 * HIDDEN * KEYS + 3 * HIDDEN * FFN)
-    matrices += 2 * VOCABULARY * HIDDEN
+    # A worker has 16,032 of the vocabulary's rows, which 64 shards pad to 251 each.
+    vocabularies = 2 * SHARDS * math.ceil(VOCABULARY / TENSOR / SHARDS) * HIDDEN
     norms = (2 * LAYERS + 1) * HIDDEN
-    own = matrices / TENSOR + norms
+    own = matrices / TENSOR + vocabularies + norms
     others, cut = (SHARDS - 1) / SHARDS, (TENSOR - 1) / TENSOR
     stream = SEQUENCE * HIDDEN * NARROW
     # A layer's two halves are entered and left, and both once more on the way back; besides, the

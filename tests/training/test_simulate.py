@@ -120,7 +120,7 @@ def send(plan: Plan) -> dict[str, int]:
     from trainwright.training.sameness import ROWS, Trial
 
     world = World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
-    plan = replace(plan, accumulation=ROWS // plan.data_ranks)
+    assert plan.batch_sequences == ROWS
     trial = Trial(recipe_of(), new_hf_config("llama", SHAPE, VOCABULARY), plan, world)
     with Meter() as meter:
         trial.train(0)
@@ -133,7 +133,7 @@ def send(plan: Plan) -> dict[str, int]:
 
 
 def test_a_simulated_rank_sends_what_a_real_one_sends(tmp_path):
-    plan = plan_of(4, dp_shard=2, tp=2, zero=3, accumulation=8)
+    plan = plan_of(4, dp_shard=2, tp=2, zero=3, accumulation=2, micro_batch=4)
     real = run_on(4, send, plan)
     found = simulated(tmp_path, [plan] * 4, [0, 1, 2, 3])
     for rank in range(4):

@@ -8,24 +8,18 @@ from functools import lru_cache
 from trainwright.models.families import DecoderConfig
 from trainwright.planner.shapes import flops_per_token
 
-
 _LARGEST_TRIED = 4096
 
 
 @lru_cache(maxsize=1024)
-def divisors(number: int) -> list[int]:
+def divisors(number: int) -> tuple[int, ...]:
     """Divisors of `number`, ascending: all of them below 16 million.
 
     Of a larger number those up to 4,096, and what remains when they are divided out.
     """
     most = min(math.isqrt(number), _LARGEST_TRIED)
     small = [n for n in range(1, most + 1) if number % n == 0]
-    return sorted({*small, *(number // n for n in small)})
-
-
-def nearest(candidates: list[int], wanted: int) -> int:
-    """The candidate closest to `wanted`; of two equally close ones the larger."""
-    return min(candidates, key=lambda n: (abs(n - wanted), -n))
+    return tuple(sorted({*small, *(number // n for n in small)}))
 
 
 def split_layers(config: DecoderConfig, stages: int) -> tuple[int, ...]:
