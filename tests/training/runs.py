@@ -38,6 +38,17 @@ WORDS = [
 ]
 
 
+SHAPE = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+}
+
+
 def write_texts(folder: Path, documents: int = 60) -> Path:
     """A JSONL of documents of very different lengths, the same every time."""
     rng = random.Random(7)
@@ -55,18 +66,7 @@ def small_recipe(folder: Path, **sections: Any) -> Recipe:
     values: dict[str, Any] = {
         "name": "small",
         "run_directory": str(folder / "run"),
-        "model": {
-            "family": "llama",
-            "config": {
-                "hidden_size": 32,
-                "intermediate_size": 48,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 4,
-                "num_key_value_heads": 2,
-                "max_position_embeddings": 64,
-                "initializer_range": 0.2,
-            },
-        },
+        "model": {"family": "llama", "config": SHAPE},
         "tokenizer": {"path": "bytes"},
         "data": {
             "sources": [str(folder / "texts.jsonl")],

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.training.runs import Recorder, assemble_here, small_recipe, train_here
+from tests.training.runs import SHAPE, Recorder, assemble_here, small_recipe, train_here
 from tests.workers import run_on
 from trainwright.data.prepare import open_data
 from trainwright.optim.schedules import learning_rate
+from trainwright.training.metrics import read_metrics
 
 VARIANTS = {
     "2 x 4 accumulated": (1, {"parallel": {"micro_batch": 4}}),
@@ -31,6 +32,30 @@ VARIANTS = {
     "2 replicas of 2 shards": (
         4,
         {"parallel": {"workers": 4, "dp_replicate": 2, "dp_shard": 2, "micro_batch": 2}},
+    ),
+    "2 tensor parallel": (2, {"parallel": {"workers": 2, "tp": 2, "micro_batch": 4}}),
+    "2 context parallel": (2, {"parallel": {"workers": 2, "cp": 2, "micro_batch": 4}}),
+    "2 stages": (2, {"parallel": {"workers": 2, "pp": 2, "micro_batch": 2}}),
+    "2 stages, zero bubble, tensor parallel": (
+        4,
+        {
+            "parallel": {
+                "workers": 4,
+                "pp": 2,
+                "tp": 2,
+                "schedule": "zero_bubble",
+                "virtual_stages": 1,
+                "micro_batch": 2,
+            }
+        },
+    ),
+    "2 stages of 2 shards, zero 1": (
+        4,
+        {"parallel": {"workers": 4, "pp": 2, "dp_shard": 2, "zero": 1, "micro_batch": 1}},
+    ),
+    "2 shards, offloaded optimizer": (
+        2,
+        {"parallel": {"workers": 2, "dp_shard": 2, "offload": "optimizer", "micro_batch": 4}},
     ),
     "4 shards, uneven": (4, {"parallel": {"workers": 4, "dp_shard": 4, "micro_batch": 1}}),
 }
@@ -114,19 +139,40 @@ def test_the_loop_equals_a_plain_loop_over_transformers(plain, tmp_path):
     assert plain.losses[-1] < 0.8 * plain.losses[0]
 
 
-def test_held_out_loss_does_not_depend_on_the_number_of_workers(tmp_path):
-    evaluated = {
-        workers: run_on(workers, evaluate_variant, str(tmp_path), workers)[0] for workers in (1, 2)
-    }
-    assert evaluated[2] == pytest.approx(evaluated[1], rel=1e-6)
+LAYOUTS = [
+    {"workers": 2},
+    {"workers": 2, "dp_shard": 2},
+    {"workers": 2, "tp": 2},
+    {"workers": 2, "cp": 2},
+    {"workers": 2, "pp": 2, "schedule": "zbv", "micro_batch": 2},
+]
 
 
-def evaluate_variant(folder: str, workers: int) -> tuple[float, float]:
-    path = Path(folder) / str(workers)
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: " ".join(list(layout)[-2:]))
+def test_held_out_loss_and_samples_do_not_depend_on_the_layout(layout, tmp_path):
+    expected = run_on(1, evaluate_variant, str(tmp_path / "1"), {"workers": 1})[0]
+    got = run_on(2, evaluate_variant, str(tmp_path / "2"), layout)
+    for loss, _ in got:
+        assert loss == pytest.approx(expected[0], rel=1e-6)
+    assert got[0][1] == expected[1]
+    assert expected[1] and all(expected[1])
+
+
+def evaluate_variant(folder: str, parallel: dict) -> tuple[float, list[str]]:
+    path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
-    recipe = small_recipe(path, parallel={"workers": workers, "micro_batch": 4})
+    recipe = small_recipe(
+        path,
+        model={"config": {**SHAPE, "num_hidden_layers": 4}},
+        parallel={"micro_batch": 4, **parallel},
+        evaluation={"every": 1000, "samples": {"prompts": ["the cat", "a"], "max_new_tokens": 12}},
+    )
     assembled = assemble_here(recipe)
     hook = assembled.trainer.hooks[-2]
     hook.after_step(20, assembled.trainer.step, 0.0, True)
     assembled.store.close()
-    return hook.newest
+    if assembled.writer is None:
+        return hook.newest[1], []
+    assembled.writer.close()
+    records = read_metrics(Path(recipe.run_directory))
+    return hook.newest[1], [r["completion"] for r in records if r["kind"] == "sample"]

@@ -151,16 +151,27 @@ def _print_summary(recipe: Recipe, console: Console) -> None:
 
     from trainwright.planner.explain import explain_plan
     from trainwright.planner.known_model import known_config
-    from trainwright.planner.make import make_plan
+    from trainwright.planner.make import asked_workers, cluster_of, make_plan
     from trainwright.training.machine import detect_machine
 
     config = known_config(recipe.model, recipe.tokenizer)
-    plan = make_plan(recipe, detect_machine(), config)
+    machine = detect_machine()
+    asked = asked_workers(recipe.parallel) if recipe.parallel.workers == "auto" else 0
+    elsewhere = asked > max(machine.devices, 8 * machine.cores) and not machine.launched
+    if elsewhere:
+        machine = cluster_of(asked)
+    plan = make_plan(recipe, machine, config)
     rows = [("model", _model(recipe)), ("data", _data(recipe)), ("length", _length(recipe))]
     table = Table(box=None, show_header=False)
     for name, value in [*rows, *explain_plan(plan, config)]:
         table.add_row(name, escape(value))
     console.print(f"[bold]{recipe.name}[/bold]: nothing is wrong with the recipe.")
+    if elsewhere:
+        console.print(
+            f"It asks for {asked:,} workers, more than this machine has: planned for as many GPUs "
+            "of 80 GB, eight in each machine.",
+            soft_wrap=True,
+        )
     console.print(table)
 
 

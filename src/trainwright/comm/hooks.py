@@ -14,7 +14,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -123,11 +123,9 @@ def install() -> None:
         original = getattr(places[0], short, None)
         if original is None:  # older torch has not all of them
             continue
-        seen = _seen(name, original)
-        for place in places:
-            _replace(place, short, seen)
-    _replace(functional, "wait_tensor", _seen_tensor_wait(functional.wait_tensor))
-    _replace(dist.Work, "wait", _seen_wait(dist.Work.wait))
+        _replace(places, short, _seen(name, original))
+    _replace([functional], "wait_tensor", _seen_tensor_wait(functional.wait_tensor))
+    _replace([dist.Work], "wait", _seen_wait(dist.Work.wait))
 
 
 def uninstall() -> None:
@@ -137,9 +135,12 @@ def uninstall() -> None:
     _originals.clear()
 
 
-def _replace(place: Any, name: str, seen: Callable[..., Any]) -> None:
-    _originals[place, name] = getattr(place, name)
-    setattr(place, name, seen)
+def _replace(places: Sequence[Any], name: str, seen: Callable[..., Any]) -> None:
+    # A compiled function calls this one as it is, instead of tracing through the bookkeeping.
+    seen = torch.compiler.disable(seen)
+    for place in places:
+        _originals[place, name] = getattr(place, name)
+        setattr(place, name, seen)
 
 
 def _seen(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -166,8 +167,6 @@ def _seen(name: str, original: Callable[..., Any]) -> Callable[..., Any]:
             clock.stop(call)
         return result
 
-    # A compiled function calls this one as it is, instead of tracing through the bookkeeping.
-    collective._torchdynamo_disable = True  # type: ignore[attr-defined]
     return collective
 
 
@@ -241,7 +240,6 @@ def _seen_wait(original: Callable[..., Any]) -> Callable[..., Any]:
             clock.stop(call)
         return result
 
-    wait._torchdynamo_disable = True  # type: ignore[attr-defined]
     return wait
 
 
@@ -260,5 +258,4 @@ def _seen_tensor_wait(original: Callable[..., Any]) -> Callable[..., Any]:
             listener.took(call, time.perf_counter() - began)
         return result
 
-    wait_tensor._torchdynamo_disable = True  # type: ignore[attr-defined]
     return wait_tensor

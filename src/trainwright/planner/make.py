@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 from trainwright.errors import Mistake, UserError
@@ -15,11 +16,12 @@ from trainwright.planner.legality import legality_mistakes
 from trainwright.planner.plan import Machine, Plan
 from trainwright.planner.schedules import schedule_mistakes
 from trainwright.planner.shapes import flops_per_token
-from trainwright.recipe.schema import DataSection, Recipe, Training
+from trainwright.recipe.schema import DataSection, Parallel, Recipe, Training
 
 # A micro-batch on a CPU gains nothing beyond this, and holds memory that caches want.
 _CPU_MOST_ROWS, _MOST_TOKENS = 16, 16_384
 _MEMORY_SHARE = 0.5  # of the memory, for what the closed formulas know
+_WORKERS_A_CORE = 8  # more on a CPU are a mistake, or meant for another machine
 # Micro-batches for each pipeline worker: a fifth of the step is then the most that 1F1B idles.
 _MICRO_BATCHES_A_STAGE = 4
 
@@ -134,7 +136,10 @@ def _world_size(recipe: Recipe, machine: Machine) -> int:
             raise UserError(Mistake(what, fix, key="parallel.workers"))
         return machine.launched
     if workers == "auto":
-        return machine.devices if machine.device_kind == "cuda" else 1
+        asked, on_cpu = asked_workers(recipe.parallel), machine.device_kind == "cpu"
+        if asked > (_WORKERS_A_CORE * machine.cores if on_cpu else machine.devices):
+            raise UserError(_too_many(asked, machine))
+        return asked if on_cpu else machine.devices
     if machine.device_kind == "cuda" and workers > machine.devices:
         has = "1 GPU" if machine.devices == 1 else f"{machine.devices} GPUs"
         what = f"{workers} workers need a GPU each, and this machine has {has}"
@@ -142,6 +147,39 @@ def _world_size(recipe: Recipe, machine: Machine) -> int:
             Mistake(what, f"write `workers: {machine.devices}`", key="parallel.workers")
         )
     return workers
+
+
+def asked_workers(parallel: Parallel) -> int:
+    """The fewest workers that the recipe's degrees make; 1 where it gives none."""
+    given = (parallel.pp, parallel.cp, parallel.tp, parallel.dp_replicate, parallel.dp_shard)
+    asked = math.prod(degree or 1 for degree in given)
+    # Experts are dealt out within dp_shard, which is then as large at least.
+    return asked if parallel.dp_shard else asked * parallel.ep
+
+
+def cluster_of(workers: int) -> Machine:
+    """One of many machines with eight GPUs of 80 GB, on which a launcher has started `workers`."""
+    return Machine(
+        devices=8,
+        device_kind="cuda",
+        cores=64,
+        memory_bytes=80 * 10**9,
+        can_compile=True,
+        launched=workers,
+        has_float8=True,
+    )
+
+
+def _too_many(asked: int, machine: Machine) -> Mistake:
+    if machine.device_kind == "cpu":
+        has = f"{machine.cores} cores"
+    else:
+        has = "1 GPU" if machine.devices == 1 else f"{machine.devices} GPUs"
+    return Mistake(
+        f"the degrees make {asked:,} workers, and this machine has {has}",
+        "start it on enough machines at once, as with torchrun, or write smaller degrees",
+        key="parallel",
+    )
 
 
 def _room(plan: Plan, machine: Machine, config: DecoderConfig) -> float:

@@ -26,8 +26,10 @@ class Memory:
     """Bytes of a worker's states, as they rest between micro-batches.
 
     `parameters` and `gradients` are the worker's own fp32 parts; `whole_gradients` those that
-    ZeRO-1 adds up whole; `gathered` what FSDP2 has gathered, in the type of products; `narrow`
-    autocast's copies of whole weights. `host` of them lie in the host's memory by `offload`.
+    ZeRO-1 adds up whole, and has instead of its own until the last; `gathered` what FSDP2 has
+    gathered, in the type of products; `reducing` the gradients in fp32 that it reduced last, which
+    it lets go of with the next; `narrow` autocast's copies of whole weights. `host` of them lie in
+    the host's memory by `offload`.
     """
 
     parameters: float
@@ -35,14 +37,15 @@ class Memory:
     optimizer: float
     whole_gradients: float = 0.0
     gathered: float = 0.0
+    reducing: float = 0.0
     narrow: float = 0.0
     host: float = 0.0
 
     @property
     def total(self) -> float:
         """Bytes on the device."""
-        held = self.parameters + self.gradients + self.optimizer
-        return held + self.whole_gradients + self.gathered + self.narrow - self.host
+        held = self.parameters + (self.whole_gradients or self.gradients) + self.optimizer
+        return held + self.gathered + self.reducing + self.narrow - self.host
 
 
 def state_bytes(config: DecoderConfig, plan: Plan, pp_rank: int | None = None) -> Memory:
@@ -59,9 +62,11 @@ def state_bytes(config: DecoderConfig, plan: Plan, pp_rank: int | None = None) -
     host = 0.0
     if plan.device == "cuda" and plan.offload != "none":
         host = optimizer + (2 * _FP32 * own if plan.offload == "parameters" else 0)
-    gathered = narrow = 0.0
+    gathered = reducing = narrow = 0.0
     if sharded:
         gathered = element * (whole if plan.zero < 3 else _gathered_at_once(stages, plan))
+        if plan.zero > 1 and plan.accumulation > 1:
+            reducing = _FP32 * _reduced_last(stages, plan)
     elif plan.precision != "fp32":
         # Made anew in every forward pass, and kept for its backward pass.
         narrow = element * whole * max(1, len(in_flight(plan, pp_rank)))
@@ -71,6 +76,7 @@ def state_bytes(config: DecoderConfig, plan: Plan, pp_rank: int | None = None) -
         optimizer=optimizer,
         whole_gradients=_FP32 * whole if plan.zero == 1 and plan.accumulation > 1 else 0.0,
         gathered=gathered,
+        reducing=reducing,
         narrow=narrow,
         host=host,
     )
@@ -220,3 +226,9 @@ def _gathered_at_once(stages: list[list[list[Weight]]], plan: Plan) -> int:
     sizes = [[sum(w.elements(plan) for w in group) for group in groups] for groups in stages]
     outer = sum(groups[0] for groups in sizes)
     return outer + 2 * max((size for groups in sizes for size in groups[1:]), default=0)
+
+
+def _reduced_last(stages: list[list[list[Weight]]], plan: Plan) -> int:
+    """Elements of each stage's first group, the last to be reduced in its backward pass."""
+    groups = [next(group for group in groups if group) for groups in stages]
+    return sum(weight.elements(plan) for group in groups for weight in group)

@@ -19,7 +19,9 @@ class Parallel(Section):
     """
 
     workers: Count | Literal["auto"] = Field(
-        "auto", description="Local worker processes; `auto` is one a GPU, or one on a CPU."
+        "auto",
+        description="Local worker processes; `auto` is one a GPU, and on a CPU as many as the "
+        "degrees below make.",
     )
     dp_replicate: Count | None = Field(
         None,

@@ -17,7 +17,8 @@ import torch.distributed as dist
 
 from trainwright.resilience.beats import Beat
 
-PATIENCE = timedelta(seconds=10)  # for one answer of the store
+PATIENCE_AT_START = timedelta(minutes=30)  # for the store to be there, as torch's rendezvous has
+PATIENCE = timedelta(seconds=5)  # for one answer of the store
 
 
 @dataclass(frozen=True)
@@ -75,16 +76,16 @@ class Board:
         return self._store.check(["told"])
 
 
-def open_board() -> Board:
+def open_board(patience: timedelta = PATIENCE_AT_START) -> Board:
     """The board of the run that this process's launcher describes (MASTER_ADDR, MASTER_PORT).
 
-    Waits for the store to answer, at most as long as torch's rendezvous does.
+    Waits for the store to answer; RuntimeError when `patience` is at its end.
     """
     store = dist.TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
         is_master=False,
-        timeout=timedelta(minutes=30),
+        timeout=patience,
     )
     store.set_timeout(PATIENCE)
     # A restarted run must not read what was said before.

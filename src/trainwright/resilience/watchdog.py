@@ -18,6 +18,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import psutil
@@ -25,7 +26,7 @@ import psutil
 from trainwright.comm.hooks import LEDGER, install
 from trainwright.files import write_atomically
 from trainwright.resilience.beats import Beat, State
-from trainwright.resilience.board import Board, Failure
+from trainwright.resilience.board import PATIENCE, PATIENCE_AT_START, Board, Failure
 from trainwright.resilience.observe import look, with_state
 from trainwright.resilience.recorder import find_mismatch
 from trainwright.resilience.reports import write_verdict
@@ -56,7 +57,7 @@ class Watchdog:
 
     def __init__(
         self,
-        open_board: Callable[[], Board],
+        open_board: Callable[[timedelta], Board],
         rank: int,
         world_size: int,
         logs: Path,
@@ -160,7 +161,7 @@ class Watchdog:
 
     def _run(self) -> None:
         try:
-            self.board = self.open_board()
+            self.board = self.open_board(PATIENCE_AT_START)
         except RuntimeError as error:
             print(f"watchdog: no store to watch through: {error}", file=sys.stderr, flush=True)
             return
@@ -174,8 +175,13 @@ class Watchdog:
                 self._round(seconds)
                 self._unheard = 0.0
             except RuntimeError:  # of the store
+                self._reopen()
                 self._unheard += max(seconds, time.monotonic() - now)
-                if self._unheard >= self.limits.silent and not self._failing.is_set():
+                # Whoever has suspended the launching process will want to go on with the run.
+                suspended = _status(self.beat.parent) == psutil.STATUS_STOPPED
+                if suspended or self._failing.is_set():
+                    self._unheard = 0.0
+                elif self._unheard >= self.limits.silent:
                     self._tell(
                         "unheard",
                         "the launching process, or rank 0 where there is none, has not answered "
@@ -185,6 +191,11 @@ class Watchdog:
                 if not complained:
                     traceback.print_exc()
                 complained = True
+
+    def _reopen(self) -> None:
+        """A client that has not had its answer would take it for that of its next question."""
+        with suppress(RuntimeError):
+            self.board = self.open_board(PATIENCE)
 
     def _round(self, seconds: float) -> None:
         """One beat, and a look at the others."""
