@@ -53,7 +53,7 @@ def gradient_norm(parameters: Named, pieces: Mapping[str, Piece], mesh: Mesh) ->
     total = total.to(device)
     for count, gradients in by_copies.items():
         norm = torch.nn.utils.get_total_norm(gradients)
-        total += norm.to(total.dtype).square() / count
+        total += norm.to(total).square() / count
     if mesh.world.size > 1:
         dist.all_reduce(total)
     return total.sqrt().float()
