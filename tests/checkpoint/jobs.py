@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 
 from trainwright.checkpoint.state import load_training_state, model_state, training_tensors
 from trainwright.checkpoint.store import CheckpointStore
@@ -60,7 +59,8 @@ def build(layout: str, seed: int = SEED) -> nn.Module:
     model = Tiny()
     size = dist.get_world_size() if dist.is_initialized() else 1
     if layout == "ddp":
-        return DistributedDataParallel(model)
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(_average)
     if layout in ("fsdp", "hsdp"):
         shape, names = ((size,), ("shard",)) if layout == "fsdp" else ((2, size // 2), ("r", "s"))
         mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
@@ -68,6 +68,12 @@ def build(layout: str, seed: int = SEED) -> nn.Module:
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
     return model
+
+
+def _average(parameter: Tensor) -> None:
+    assert parameter.grad is not None
+    dist.all_reduce(parameter.grad)
+    parameter.grad /= dist.get_world_size()
 
 
 def build_optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:

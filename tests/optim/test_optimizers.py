@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from trainwright.errors import UserError
-from trainwright.optim.clip import clip_factor, gradient_norm, scale_gradients
+from trainwright.optim.clip import clip_factor, scale_gradients
 from trainwright.optim.muon import Muon
 from trainwright.optim.optimizers import build_optimizers, set_learning_rate
 from trainwright.recipe.schema import Optimizer
@@ -108,9 +108,19 @@ def test_the_learning_rate_reaches_every_group():
 def test_clipping_scales_to_the_limit_and_leaves_small_gradients_alone():
     first, second = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2, 2))
     first.grad, second.grad = torch.tensor([3.0, 0, 0]), torch.full((2, 2), 2.0)
-    norm = gradient_norm([first, second])
+    norm = torch.nn.utils.get_total_norm([first.grad, second.grad])
     assert norm.item() == pytest.approx(5.0)  # sqrt(9 + 4·4)
     scale_gradients([first, second], clip_factor(norm, 1.0))
-    assert gradient_norm([first, second]).item() == pytest.approx(1.0, rel=1e-5)
+    scaled = torch.nn.utils.get_total_norm([first.grad, second.grad])
+    assert scaled.item() == pytest.approx(1.0, rel=1e-5)
     assert clip_factor(torch.tensor(0.5), 1.0).item() == 1.0
     assert clip_factor(torch.tensor(50.0), None).item() == 1.0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_gradients_on_the_host_are_scaled_by_a_factor_on_the_device():
+    parameter = nn.Parameter(torch.zeros(3))
+    parameter.grad = torch.full((3,), 4.0)
+    scale_gradients([parameter], torch.tensor(0.25, device="cuda"))
+    assert parameter.grad.tolist() == [1.0, 1.0, 1.0]

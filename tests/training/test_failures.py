@@ -143,7 +143,11 @@ def test_another_recipe_may_not_continue_a_run(tmp_path, monkeypatch, capsys):
 def test_what_only_spreads_or_saves_the_work_may_change(tmp_path):
     train_here(small_recipe(tmp_path))
     changed = small_recipe(
-        tmp_path, parallel={"micro_batch": 2}, checkpoint={"every": 7}, tracking={"log_every": 5}
+        tmp_path,
+        parallel={"micro_batch": 2},
+        training={"activation_offload": True},
+        checkpoint={"every": 7},
+        tracking={"log_every": 5},
     )
     assert open_run(changed).has_trained
 

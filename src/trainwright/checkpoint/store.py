@@ -32,6 +32,7 @@ from trainwright.checkpoint.parts import (
     part_of,
 )
 from trainwright.checkpoint.storage import SafetensorsReader, SafetensorsWriter
+from trainwright.comm.groups import name_group
 from trainwright.errors import Mistake, UserError
 
 # A rank waits this long for the slowest one's disk before it gives a save up.
@@ -222,7 +223,11 @@ class CheckpointStore:
     def _group(self) -> dist.ProcessGroup | None:
         """A group of our own, so that the background thread's messages never mix with training's;
         gloo, since what it sends is on the host. Made by the first collective call."""
-        return dist.new_group(backend="gloo", timeout=PATIENCE) if self._world_size > 1 else None
+        if self._world_size == 1:
+            return None
+        group = dist.new_group(backend="gloo", timeout=PATIENCE)
+        name_group(group, "checkpoint")
+        return group
 
     def _agree(self, mistakes: list[Mistake], value: Any = None) -> list[Any]:
         """Raise every rank's mistakes on every rank, or return every rank's `value`."""

@@ -152,8 +152,10 @@ def take_router_loads(
     The routers begin to count anew. One all-reduce where there are experts and a group.
     """
     parts = list(parts)
-    device = next(parts[0].parameters()).device
     found = list(balances(parts))
+    # Where the router computes; its weights may rest on the host.
+    devices = [balance.load.device for _, balance in found if balance.load is not None]
+    device = devices[0] if devices else next(parts[0].parameters()).device
     if not found:
         nothing = torch.zeros(0, 0, dtype=torch.int64, device=device)
         return RouterLoads((), nothing, nothing.new_zeros(0, dtype=torch.float64))

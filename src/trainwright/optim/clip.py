@@ -1,4 +1,4 @@
-"""The global gradient norm, and clipping by it, for plain and for sharded parameters."""
+"""Clipping by the global norm of the gradients, which `parallel.gradients` takes over all axes."""
 
 from __future__ import annotations
 
@@ -9,29 +9,17 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 
-def gradient_norm(parameters: Iterable[torch.nn.Parameter]) -> Tensor:
-    """2-norm over all gradients as a plain scalar, equal on every rank of a sharded model."""
-    parameters = list(parameters)
-    plain = [p.grad for p in parameters if p.grad is not None and not isinstance(p.grad, DTensor)]
-    sharded = [p.grad for p in parameters if isinstance(p.grad, DTensor)]
-    norms = []
-    if plain:
-        norms.append(torch.nn.utils.get_total_norm(plain))
-    if sharded:
-        total = torch.nn.utils.get_total_norm(sharded)
-        norms.append(total.full_tensor() if isinstance(total, DTensor) else total)
-    if not norms:
-        return torch.zeros(())
-    return norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack(norms))
-
-
 @torch.no_grad()
 def scale_gradients(parameters: Iterable[torch.nn.Parameter], factor: Tensor) -> None:
-    """Multiply every gradient by `factor`, a scalar on the gradients' device."""
+    """Multiply every gradient by `factor`, a scalar."""
     gradients = [p.grad for p in parameters if p.grad is not None]
-    local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
-    if local:
-        torch._foreach_mul_(local, factor)
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for gradient in gradients:
+        local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
+        by_device.setdefault(local.device, []).append(local)
+    for device, there in by_device.items():
+        # Gradients of offloaded shards are on the host, their norm on the device.
+        torch._foreach_mul_(there, factor.to(device))
 
 
 def clip_factor(norm: Tensor, limit: float | None) -> Tensor:

@@ -181,7 +181,22 @@ class Pipeline:
                     group = self.mesh.pair(f"pp {boundary} {backward}", here, there)
                     if group is not None:
                         groups[backward, boundary] = group
+                        self._greet(group, there if backward else here, here if backward else there)
         return groups
+
+    def _greet(self, group: dist.ProcessGroup, origin: int, destination: int) -> None:
+        """Send a number from one rank to another, and so connect them.
+
+        NCCL connects two ranks when they first talk, and keeps each waiting there for the other.
+        In a schedule that would be for ever: receives are posted ahead of what they depend on.
+        """
+        number = torch.zeros(1, device=self.device)
+        if self.rank == origin:
+            work = dist.isend(number, self.ranks[destination], group)
+        else:
+            work = dist.irecv(number, self.ranks[origin], group)
+        assert work is not None
+        work.wait()
 
 
 @cache

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import (
 import trainwright.kernels.grouped
 import trainwright.parallel.ring  # noqa: F401
 from trainwright.kernels.recomputing import recomputing
+from trainwright.models.moe import SparseMLP
 from trainwright.parallel.activation_offload import Kept, keep
 
 Contexts = tuple[AbstractContextManager, AbstractContextManager]
@@ -65,6 +66,10 @@ def recompute_block(block: nn.Module, policy: str | float) -> None:
         block.forward = partial(_within_budget, str(policy), forward)
     else:
         block.forward = partial(_recomputed, forward, policy == "selective")
+        if policy == "selective" and any(isinstance(m, SparseMLP) for m in block.modules()):
+            # Routers break the compiler's graph; a checkpoint that it cannot trace runs with the
+            # contexts meant for it, which trip over the hooks of experts that are shards.
+            block.forward = torch.compiler.disable(block.forward)
 
 
 def _recomputed(forward: Any, selective: bool, *args: Any, **kwargs: Any) -> Any:

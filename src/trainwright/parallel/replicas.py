@@ -37,6 +37,7 @@ class ReplicaGradients:
         self.group = group
         self.buckets = _into_buckets(parameters)
         self.reducing = False
+        self._next = 0  # the first bucket that is not being summed yet
         self._bucket_of: dict[nn.Parameter, Bucket] = {}
         for bucket in self.buckets:
             for parameter in bucket.parameters:
@@ -54,7 +55,7 @@ class ReplicaGradients:
 
     def expect_last(self) -> None:
         """The next backward pass completes the gradients: sum each bucket when it is full."""
-        self.reducing = True
+        self.reducing, self._next = True, 0
         for bucket in self.buckets:
             bucket.missing = len(bucket.parameters)
 
@@ -72,10 +73,11 @@ class ReplicaGradients:
     def _arrived(self, parameter: Tensor) -> None:
         if not self.reducing:
             return
-        bucket = self._bucket_of[parameter]  # type: ignore[index]
-        bucket.missing -= 1
-        if bucket.missing == 0:
-            self._sum(bucket)
+        self._bucket_of[parameter].missing -= 1  # type: ignore[index]
+        # In one order on all workers, whichever gradients one of them has first, or has not at all.
+        while self._next < len(self.buckets) and self.buckets[self._next].missing == 0:
+            self._sum(self.buckets[self._next])
+            self._next += 1
 
     def _sum(self, bucket: Bucket) -> None:
         bucket.work = dist.all_reduce(bucket.flat, group=self.group, async_op=True)

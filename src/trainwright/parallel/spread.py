@@ -228,6 +228,9 @@ def _materialise(part: Model, plan: Plan, world: World, fill: Callable[[Model], 
     device = torch.device("cpu") if plan.offload == "parameters" else world.device
     part.to_empty(device=device)
     fill(part)
+    for module in part.modules():  # buffers are no shards: they stay with what is computed
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(world.device))
 
 
 def force_eager() -> AbstractContextManager:

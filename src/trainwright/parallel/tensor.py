@@ -223,8 +223,9 @@ def _cut_rows(model: Decoder, prefix: str, linear: nn.Linear, stream: CutStream)
     def forward(x: Tensor) -> Tensor:
         if not bias:
             return stream.leave(product(x))
-        # Added once, to the sum, and not by every worker.
-        return stream.leave(F.linear(x, linear.weight)) + linear.bias
+        # Added once, to the sum, and not by every worker; in its type, as the product would.
+        total = stream.leave(F.linear(x, linear.weight))
+        return total + linear.bias.to(total.dtype)
 
     _replace_forward(linear, forward)
 

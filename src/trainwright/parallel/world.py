@@ -40,6 +40,14 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
+    def first_workers(self, values: list[int]) -> list[int]:
+        """The first worker's `values`, on every worker; all have as many."""
+        if self.size == 1:
+            return values
+        shared = torch.tensor(values, device=self.device)
+        dist.broadcast(shared, 0)
+        return shared.tolist()
+
     def wait(self, limit: timedelta) -> None:
         """Until every worker is here, however long one of them takes within `limit`."""
         if self.size > 1:

@@ -14,7 +14,7 @@ from trainwright.planner.timeline import simulate
 _ZERO = {
     1: "optimizer state sharded (ZeRO-1)",
     2: "gradients and optimizer state sharded (ZeRO-2)",
-    3: "weights sharded over all (FSDP)",
+    3: "weights sharded (FSDP)",
 }
 
 
@@ -66,6 +66,8 @@ def _workers(plan: Plan) -> str:
         layout = "each with whole weights (DDP)" if plan.dp_replicate > 1 else ""
     elif plan.dp_replicate == 1:
         layout = _ZERO[plan.zero]
+        if plan.dp_shard * plan.cp == plan.world_size:
+            layout = layout.replace("sharded", "sharded over all")
     else:
         layout = f"{plan.dp_replicate} replicas of {plan.dp_shard} shards (HSDP)"
         layout += f", {_ZERO[plan.zero]}" if plan.zero < 3 else ""

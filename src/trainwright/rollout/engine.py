@@ -6,7 +6,7 @@ out of sight of attention, and each draws from its own generator.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -64,17 +64,21 @@ def generate(
     params: SamplingParams | None = None,
     *,
     batch_rows: int = 32,
+    device: torch.device | None = None,
+    agree: Callable[[list[int]], list[int]] | None = None,
 ) -> list[Completion]:
     """Continue every prompt (a text, or token ids as they are), in the order given.
 
     `batch_rows` prompts go through the model at once; prompts of like length go together. The same
-    seed gives the same completions. Raises UserError for an empty prompt to a tokenizer without a
-    BOS, and for a prompt that leaves no room in the model's context.
+    seed gives the same completions. `device` is where the model computes, if not where its weights
+    rest; `agree` makes workers that generate together go on with the same tokens. Raises UserError
+    for an empty prompt to a tokenizer without a BOS, and for a prompt that leaves no room in the
+    model's context.
     """
     params = params or SamplingParams()
     rows = [_Row(model, tokenizer, prompt, params, number) for number, prompt in enumerate(prompts)]
     for batch in _batches(rows, batch_rows, mixed=model.pads_left):
-        generation = _Generation(model, batch, params)
+        generation = _Generation(model, batch, params, device, agree)
         while not generation.finished:
             generation.step()
     return [row.completion() for row in rows]
@@ -144,9 +148,17 @@ class _Row:
 class _Generation:
     """A batch of rows going through the model, one token a step."""
 
-    def __init__(self, model: Model, rows: Sequence[_Row], params: SamplingParams) -> None:
+    def __init__(
+        self,
+        model: Model,
+        rows: Sequence[_Row],
+        params: SamplingParams,
+        device: torch.device | None = None,
+        agree: Callable[[list[int]], list[int]] | None = None,
+    ) -> None:
         self.model, self.rows, self.params = model, rows, params
-        self.device = next(model.parameters()).device
+        self.device = device or next(model.parameters()).device
+        self.agree = agree
         self.generators = [row.generator for row in rows]
         self.sequences = [list(row.prompt) for row in rows]
         longest = max(map(len, self.sequences))
@@ -170,6 +182,8 @@ class _Generation:
             logits = self._logits()
         pieces = []
         newest = choose(logits, self.params, self.generators)
+        if self.agree is not None:
+            newest = self.agree(newest)
         for row, sequence, token in zip(self.rows, self.sequences, newest, strict=True):
             sequence.append(token)
             pieces.append(row.add(token) if row.reason is None else "")

@@ -158,7 +158,15 @@ class EvaluationHook:
             top_p=samples.top_p,
             seed=self.recipe.seed,
         )
-        completions = generate(self.spread.model, self.tokenizer(), samples.prompts, params)
+        completions = generate(
+            self.spread.model,
+            self.tokenizer(),
+            samples.prompts,
+            params,
+            device=self.world.device,
+            # One differing bit would end a text on one worker and leave the others waiting for it.
+            agree=None if self.spread.alone else self.world.first_workers,
+        )
         if self.writer is None or self.progress is None:
             return
         for prompt, completion in zip(samples.prompts, completions, strict=True):

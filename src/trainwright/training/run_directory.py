@@ -34,6 +34,7 @@ FREE_TO_CHANGE = (
     "tracking",
     "export",
     "training.recompute",
+    "training.activation_offload",
     "training.compile",
     "data.cache",
 )

@@ -140,8 +140,6 @@ def features(plan: Plan) -> set[str]:
         single |= {plan.cp_method}
     if plan.recompute != "none":
         single |= {f"recompute {plan.recompute}"}
-    if plan.offload != "none":
-        single |= {f"offload {plan.offload}"}
     pairs = {f"{a} + {b}" for a, b in itertools.combinations(sorted(single), 2)}
     return single | pairs
 
