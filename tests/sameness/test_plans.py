@@ -121,18 +121,17 @@ def test_a_model_of_no_family_is_refused(tmp_path):
     GPT2LMHeadModel(GPT2Config(n_layer=1, n_embd=8, n_head=1, vocab_size=16)).save_pretrained(
         tmp_path
     )
-    recipe = recipe_of().model_copy(update={"model": {}})
     section = Recipe.model_validate(
         {
             "name": "foreign",
-            "model": str(tmp_path),
-            "tokenizer": "bytes",
+            "model": {"path": str(tmp_path)},
+            "tokenizer": {"path": "bytes"},
             "data": {"sources": ["python-stdlib"]},
             "training": {"steps": 1},
         }
     ).model
     with pytest.raises(UserError, match="no family gpt2"):
-        verify.small_config(recipe.model_copy(update={"model": section}))
+        verify.small_config(recipe_of().model_copy(update={"model": section}))
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "smollm3", "phi3", "deepseek_v3"])
