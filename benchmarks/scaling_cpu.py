@@ -5,7 +5,7 @@ AdamW, a global batch of 32 rows. Two cores: so one worker with two threads has 
 machine as two with one, and the table says what spreading costs. 4 and 8 workers share the two
 cores; they show that the layouts run, not that they gain.
 
-    python benchmarks/scaling_cpu.py [--steps 3] [--rounds 2] [--most 8]
+    python benchmarks/scaling_cpu.py [--steps 3] [--rounds 2] [--most 8] [--only FSDP tensor]
 
 Rounds are taken in turns, the best step of each layout counts: other work on the machine only ever
 makes a step slower. Every layout's first loss must be one worker's.
@@ -142,12 +142,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="counted steps of each round")
     parser.add_argument("--rounds", type=int, default=2, help="turns of every layout")
     parser.add_argument("--most", type=int, default=8, help="most workers")
+    parser.add_argument("--only", nargs="*", default=[], help="words that a layout's name has")
     parser.add_argument("--train", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.train:
         train(options.train, options.steps)
         return
-    names = [name for name, (workers, _) in LAYOUTS.items() if workers <= options.most]
+    names = [
+        name
+        for name, (workers, _) in LAYOUTS.items()
+        if workers <= options.most
+        and (workers == 1 or not options.only or any(word in name for word in options.only))
+    ]
     best: dict[str, dict] = {}
     for _ in range(options.rounds):
         for name in names:

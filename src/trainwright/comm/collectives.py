@@ -61,7 +61,8 @@ def gather_plain(x: Tensor, dim: int, group: Group) -> Tensor:
     ahead = x.movedim(dim, 0).contiguous()
     whole = ahead.new_empty(workers * ahead.shape[0], *ahead.shape[1:])
     dist.all_gather_into_tensor(whole, ahead, group=group)
-    return whole.movedim(0, dim)
+    # One copy here instead of one in every product that reads it.
+    return whole.movedim(0, dim).contiguous()
 
 
 def scatter_sum_plain(x: Tensor, dim: int, group: Group) -> Tensor:
@@ -72,7 +73,7 @@ def scatter_sum_plain(x: Tensor, dim: int, group: Group) -> Tensor:
     ahead = x.movedim(dim, 0).contiguous()
     own = ahead.new_empty(ahead.shape[0] // workers, *ahead.shape[1:])
     dist.reduce_scatter_tensor(own, ahead, group=group)
-    return own.movedim(0, dim)
+    return own.movedim(0, dim).contiguous()
 
 
 def exchange_plain(x: Tensor, send: Sequence[int], receive: Sequence[int], group: Group) -> Tensor:

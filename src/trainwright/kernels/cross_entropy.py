@@ -167,11 +167,7 @@ def _chunk(
 
 def _entropy(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Each token's loss, and its gradient; logits [tokens, vocabulary], targets [tokens, 1]."""
-    gradient = torch.softmax(logits, -1, dtype=torch.float32)
-    # One exponential a logit: log-sum-exp follows from the largest probability, which is at least
-    # 1/vocabulary and so never underflows, where the target's own may.
-    largest, place = gradient.max(-1, keepdim=True)
-    log_sum = logits.gather(-1, place).float() - largest.log()
+    gradient, log_sum = _softmax(logits)
     losses = (log_sum - logits.gather(-1, targets).float()).squeeze(-1)
     gradient.scatter_add_(-1, targets, gradient.new_full(targets.shape, -1.0))
     return losses, gradient
@@ -182,16 +178,25 @@ def _shared_entropy(
 ) -> tuple[Tensor, Tensor]:
     """`_entropy` where the vocabulary is cut over `group`: the gradient of the own rows."""
     rows = logits.shape[-1]
-    logits = logits.float()
-    largest = logits.amax(-1, keepdim=True)
+    gradient, log_sum = _softmax(logits)
+    largest = log_sum.clone()
     dist.all_reduce(largest, dist.ReduceOp.MAX, group=group)
-    gradient = (logits - largest).exp_()
     own = targets - dist.get_rank(group) * rows
     here = (own >= 0) & (own < rows)
     own = own.clamp(0, rows - 1)
-    sums = torch.cat([gradient.sum(-1, keepdim=True), logits.gather(-1, own) * here], -1)
+    target = logits.gather(-1, own).float() * here
+    sums = torch.cat([(log_sum - largest).exp(), target], -1)
     dist.all_reduce(sums, group=group)
-    total, target = sums.split(1, -1)
-    gradient /= total
+    total = largest + sums[:, :1].log()
+    gradient *= (log_sum - total).exp()
     gradient.scatter_add_(-1, own, -here.to(gradient.dtype))
-    return (largest + total.log() - target).squeeze(-1), gradient
+    return (total - sums[:, 1:]).squeeze(-1), gradient
+
+
+def _softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The softmax of logits [tokens, vocabulary], and the log of its sum [tokens, 1], in fp32."""
+    probabilities = torch.softmax(logits, -1, dtype=torch.float32)
+    # One exponential a logit: log-sum-exp follows from the largest probability, which is at least
+    # 1/vocabulary and so never underflows, where the target's own may.
+    largest, place = probabilities.max(-1, keepdim=True)
+    return probabilities, logits.gather(-1, place).float() - largest.log()
