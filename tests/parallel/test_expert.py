@@ -104,11 +104,15 @@ def compare(parts: list[dict[str, Any]], name: str, target: int | None) -> float
     return worst
 
 
+# Experts are in float64, routers in fp32: with another number of threads they round otherwise.
+ROUNDING = 1e-5
+
+
 @pytest.mark.parametrize(
     ("workers", "name"), [(2, "qwen2_moe"), (3, "deepseek"), (4, "qwen3_moe-plain-sums")]
 )
 def test_outputs_and_gradients_of_a_layer(workers: int, name: str) -> None:
-    assert compare(run_on(workers, run_layer, name), name, None) < 1e-12
+    assert compare(run_on(workers, run_layer, name), name, None) < ROUNDING
 
 
 def test_an_experts_gradient_scaled_by_the_workers_is_seen() -> None:
@@ -120,7 +124,7 @@ def test_an_experts_gradient_scaled_by_the_workers_is_seen() -> None:
 def test_workers_that_get_no_token(target: int) -> None:
     """All tokens go to one expert: other workers multiply nothing, and their gradients are 0."""
     parts = run_on(4, run_layer, "qwen3_moe-plain-sums", target)
-    assert compare(parts, "qwen3_moe-plain-sums", target) < 1e-12
+    assert compare(parts, "qwen3_moe-plain-sums", target) < ROUNDING
     idle = [rank for rank in range(4) if rank != target]
     assert all(np.abs(parts[rank]["experts"]["up_proj"]).max() == 0 for rank in idle)
 
