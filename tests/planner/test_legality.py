@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from trainwright.models.families import DecoderConfig, decoder_config, new_hf_config
-from trainwright.planner.candidate import Candidate, candidate_of, candidate_of_plan, settled
+from trainwright.planner.candidate import AXES, Candidate, candidate_of, settled
 from trainwright.planner.combinations import dimensions, enumerate_plans
 from trainwright.planner.legality import (
     broken_rules,
@@ -244,6 +244,19 @@ def test_all_plans_for_eight_workers() -> None:
         assert plan.pp == 1 or (len(plan.stage_layers), sum(plan.stage_layers)) == (plan.stages, 6)
     with_experts = enumerate_plans(SPARSE, 8, sequence_length=96, batch_sequences=16)
     assert sum(plan.ep > 1 for plan in with_experts) >= 30
+
+
+def candidate_of_plan(plan: Plan, model: DecoderConfig) -> Candidate:
+    """What a finished plan amounts to."""
+    same = (
+        *AXES, "zero", "schedule", "virtual_stages", "stage_layers", "cp_method", "offload",
+        "recompute", "recompute_by_stage", "compile", "precision", "optimizer", "sequence_length",
+        "micro_batch", "device",
+    )  # fmt: skip
+    fields = {name: getattr(plan, name) for name in same}
+    return Candidate(
+        world=plan.world_size, rows=plan.batch_sequences, model=model, native=True, **fields
+    )
 
 
 def test_a_plan_that_no_rule_allows_is_known() -> None:

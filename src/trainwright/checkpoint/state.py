@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from trainwright.checkpoint.parts import Part
 from trainwright.checkpoint.rng import restore_rng, rng_state, seed_everything
 from trainwright.checkpoint.store import CheckpointStore
+from trainwright.comm.local import local
 from trainwright.errors import Mistake, UserError
 from trainwright.models.pieces import Piece
 
@@ -124,12 +125,11 @@ def _placed(tensor: Tensor, piece: Piece | None) -> Tensor | Part:
     """A parameter, or a state of its shape, as the part that it is of the whole model's."""
     if piece is None:
         return tensor
-    local, offsets = tensor.detach(), piece.offsets
-    if isinstance(local, DTensor):
-        (chunk,) = local.__create_chunk_list__()
-        local = local.to_local()
+    tensor, offsets = tensor.detach(), piece.offsets
+    if isinstance(tensor, DTensor):
+        (chunk,) = tensor.__create_chunk_list__()
         offsets = tuple(a + b for a, b in zip(offsets, chunk.offsets, strict=True))
-    return Part(piece.whole, offsets, local)
+    return Part(piece.whole, offsets, local(tensor))
 
 
 def _named_tensors(model: Modules) -> Iterator[tuple[str, Tensor]]:
@@ -160,14 +160,10 @@ def _copies(model: Modules) -> Iterator[tuple[Tensor, Tensor]]:
 def _settle_copies(model: Modules, optimizers: Optimizers) -> None:
     """Give copies of tied weights what was loaded for their originals."""
     for original, copy in _copies(model):
-        _local(copy).copy_(_local(original))
+        local(copy).copy_(local(original))
         for optimizer in _as_list(optimizers):
             for key, value in optimizer.state.get(copy, {}).items():
-                _local(value).copy_(_local(optimizer.state[original][key]))
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+                local(value).copy_(local(optimizer.state[original][key]))
 
 
 def _as_list(optimizers: Optimizers) -> list[torch.optim.Optimizer]:
@@ -204,11 +200,11 @@ def _create_optimizer_state(
 
 def _taken_apart(name: str, value: Tensor) -> State:
     """A state as plain tensors, DTensors and parts, each under a name of its own."""
-    local = value.to_local() if isinstance(value, DTensor) else value
-    if not is_traceable_wrapper_subclass(local):
+    own = local(value)
+    if not is_traceable_wrapper_subclass(own):
         return {name: value}
-    inner_names, _ = local.__tensor_flatten__()
-    inner = {key: getattr(local, key) for key in inner_names}
+    inner_names, _ = own.__tensor_flatten__()
+    inner = {key: getattr(own, key) for key in inner_names}
     if not isinstance(value, DTensor):
         return {f"{name}.{key}": tensor for key, tensor in inner.items()}
     return {f"{name}.{key}": _inner_part(name, key, tensor, value) for key, tensor in inner.items()}

@@ -128,19 +128,17 @@ def install() -> None:
     _replace([dist.Work], "wait", _seen_wait(dist.Work.wait))
 
 
-def uninstall() -> None:
-    """Put torch's own functions back."""
-    for (place, name), original in _originals.items():
-        setattr(place, name, original)
-    _originals.clear()
-
-
 def _replace(places: Sequence[Any], name: str, seen: Callable[..., Any]) -> None:
     # A compiled function calls this one as it is, instead of tracing through the bookkeeping.
     seen = torch.compiler.disable(seen)
     for place in places:
         _originals[place, name] = getattr(place, name)
         setattr(place, name, seen)
+
+
+def seen(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A decorator: our own way of doing the collective `name`, seen as that one is."""
+    return lambda function: torch.compiler.disable(_seen(name, function))
 
 
 def _seen(name: str, original: Callable[..., Any]) -> Callable[..., Any]:

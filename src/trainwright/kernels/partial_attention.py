@@ -255,16 +255,18 @@ def laid_out(result: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 @_slotted.register_fake
-def _like_result(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def like_result(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    """Result and log-sum-exp without values, laid out as `laid_out` does it."""
     batch, heads, tokens, _dim = q.shape
     result = v.new_empty(batch, tokens, heads, v.shape[3]).transpose(1, 2)
     return result, q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
 
 
 @_slotted_backward.register_fake
-def _like_gradients(
+def like_gradients(
     gradient: Tensor, result: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of queries, keys and values without values."""
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 

@@ -6,7 +6,8 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+
+from trainwright.comm.local import local
 
 
 @torch.no_grad()
@@ -15,8 +16,8 @@ def scale_gradients(parameters: Iterable[torch.nn.Parameter], factor: Tensor) ->
     gradients = [p.grad for p in parameters if p.grad is not None]
     by_device: dict[torch.device, list[Tensor]] = {}
     for gradient in gradients:
-        local = gradient.to_local() if isinstance(gradient, DTensor) else gradient
-        by_device.setdefault(local.device, []).append(local)
+        own = local(gradient)
+        by_device.setdefault(own.device, []).append(own)
     for device, there in by_device.items():
         # Gradients of offloaded shards are on the host, their norm on the device.
         torch._foreach_mul_(there, factor.to(device))

@@ -17,6 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
+from trainwright.comm.local import local
+
 # Quintic iteration whose slope at zero is as steep as stability allows (Jordan et al. 2024).
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 ITERATIONS = 5
@@ -119,10 +121,10 @@ class Muon(torch.optim.Optimizer):
             directions = [self._direction(p, group["momentum"]) for p in parameters]
             updates = self._updates(parameters, directions)
             for parameter, update in zip(parameters, updates, strict=True):
-                local = _local(parameter)
-                local.mul_(1 - group["lr"] * group["weight_decay"])
+                own = local(parameter)
+                own.mul_(1 - group["lr"] * group["weight_decay"])
                 size = group["lr"] * 0.2 * math.sqrt(max(self.layout.shape(parameter)[-2:]))
-                local.sub_(update.to(local.dtype), alpha=size)
+                own.sub_(update.to(own.dtype), alpha=size)
 
     def _direction(self, parameter: Tensor, rate: float) -> Tensor:
         """The momentum, looked ahead by one step as Nesterov does."""
@@ -139,8 +141,8 @@ class Muon(torch.optim.Optimizer):
             return map(self._orthogonalised, parameters, directions)
         # Each worker does its share; a sum with the others' zeros is exact.
         rank, size = dist.get_rank(self.replicas), dist.get_world_size(self.replicas)
-        shapes = [_local(direction).shape for direction in directions]
-        device = _local(directions[0]).device
+        shapes = [local(direction).shape for direction in directions]
+        device = local(directions[0]).device
         flat = torch.zeros(sum(s.numel() for s in shapes), dtype=self.dtype, device=device)
         places = flat.split([shape.numel() for shape in shapes])
         updates = [place.view(shape) for place, shape in zip(places, shapes, strict=True)]
@@ -152,7 +154,3 @@ class Muon(torch.optim.Optimizer):
     def _orthogonalised(self, parameter: Tensor, direction: Tensor) -> Tensor:
         whole = orthogonalise(self.layout.whole(parameter, direction), self.dtype)
         return self.layout.own(parameter, whole)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

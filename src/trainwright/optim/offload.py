@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from trainwright.comm.local import local
 from trainwright.optim.muon import Whole
 
 Copies = Mapping[nn.Parameter, nn.Parameter]
@@ -21,7 +22,7 @@ Copies = Mapping[nn.Parameter, nn.Parameter]
 
 def on_host(parameters: Iterable[nn.Parameter]) -> dict[nn.Parameter, nn.Parameter]:
     """A copy on the host for each parameter, a part of the same whole where it is a DTensor."""
-    return {p: nn.Parameter(_like(p, _host_buffer(p).copy_(_local(p)))) for p in parameters}
+    return {p: nn.Parameter(_like(p, _host_buffer(p).copy_(local(p).detach()))) for p in parameters}
 
 
 class OffloadedOptimizer(torch.optim.Optimizer):
@@ -43,7 +44,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         parameters = [p for group in self.param_groups for p in group["params"]]
         self.pairs = [(p, copies[p]) for p in parameters]
         # A number that grows with every write; the copies were made just now.
-        self.versions = [_local(p)._version for p in parameters]
+        self.versions = [local(p)._version for p in parameters]
         self._gradients = [_host_buffer(p) for p in parameters]
         self._link_state()
 
@@ -57,9 +58,9 @@ class OffloadedOptimizer(torch.optim.Optimizer):
         self.inner.step()
         for index, (parameter, copy) in enumerate(self.pairs):
             if copy.grad is not None:
-                local = _local(parameter)
-                local.copy_(_local(copy), non_blocking=True)
-                self.versions[index] = local._version
+                own = local(parameter)
+                own.copy_(local(copy), non_blocking=True)
+                self.versions[index] = own._version
         self._link_state()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -71,13 +72,13 @@ class OffloadedOptimizer(torch.optim.Optimizer):
 
     def _copy_down(self) -> None:
         for index, (parameter, copy) in enumerate(self.pairs):
-            local = _local(parameter)
-            if local._version != self.versions[index]:
-                _local(copy).copy_(local, non_blocking=True)
+            own = local(parameter)
+            if own._version != self.versions[index]:
+                local(copy).copy_(own, non_blocking=True)
             copy.grad = None
             if parameter.grad is not None:
                 buffer = self._gradients[index]
-                buffer.copy_(_local(parameter.grad), non_blocking=True)
+                buffer.copy_(local(parameter.grad), non_blocking=True)
                 copy.grad = _like(parameter, buffer)
         # Also for the last step's copies up: the inner step writes what they read.
         for device in {p.device for p, _ in self.pairs if p.device.type == "cuda"}:
@@ -108,15 +109,10 @@ class _WholeOnHost:
         return self.inner.own(self.originals[id(parameter)], whole)
 
 
-def _local(tensor: Tensor) -> Tensor:
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return local.detach()
-
-
 def _host_buffer(parameter: Tensor) -> Tensor:
     """Host memory for what this worker holds of a parameter; pinned where a GPU reads it."""
-    local = _local(parameter)
-    return torch.empty_like(local, device="cpu", pin_memory=local.device.type == "cuda")
+    own = local(parameter)
+    return torch.empty_like(own, device="cpu", pin_memory=own.device.type == "cuda")
 
 
 def _like(parameter: Tensor, local: Tensor) -> Tensor:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from trainwright.comm.local import local
 from trainwright.models.pieces import Piece
 from trainwright.parallel.mesh import Mesh
 
@@ -70,15 +71,3 @@ def copies(parameter: Tensor, piece: Piece | None, mesh: Mesh) -> int:
             if piece.cuts(axis):
                 workers //= mesh.size(axis)
     return workers
-
-
-def local(tensor: Tensor) -> Tensor:
-    """What this worker itself holds of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def named_gradients(parameters: Named) -> Iterator[tuple[str, Tensor]]:
-    """Each parameter's gradient as this worker holds it."""
-    for name, parameter in parameters:
-        if parameter.grad is not None:
-            yield name, local(parameter.grad)

@@ -20,6 +20,8 @@ from torch.distributed import distributed_c10d
 from trainwright.kernels.partial_attention import (
     Sight,
     laid_out,
+    like_gradients,
+    like_result,
     merge,
     partial_attention,
     partial_attention_backward,
@@ -148,20 +150,6 @@ def _attend_backward(
     return for_q.to(q.dtype), for_k, for_v
 
 
-@_attend.register_fake
-def _like_result(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    batch, heads, tokens, _dim = q.shape
-    result = v.new_empty(batch, tokens, heads, v.shape[3]).transpose(1, 2)
-    return result, q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
-
-
-@_attend_backward.register_fake
-def _like_gradients(
-    gradient: Tensor, result: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any
-) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(q), k.new_empty(k.shape), v.new_empty(v.shape)
-
-
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, segments, *ctx.options = inputs
     ctx.save_for_backward(*output, q, k, v, segments)
@@ -173,6 +161,8 @@ def _differentiate(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None
     return *gradients, *[None] * 5
 
 
+_attend.register_fake(like_result)
+_attend_backward.register_fake(like_gradients)
 _attend.register_autograd(_differentiate, setup_context=_remember)
 
 

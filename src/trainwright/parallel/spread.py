@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from trainwright.models.decoder import Decoder, Span
+from trainwright.models.decoder import Context, Decoder, Span
 from trainwright.models.fallback import FallbackModel
 from trainwright.models.pieces import Piece
 from trainwright.parallel import context
@@ -63,6 +63,12 @@ class SpreadModel:
     def alone(self) -> bool:
         """Whether this worker has the whole model and can run it by itself."""
         return not self.sharded and self.plan.pp == self.plan.tp == 1
+
+    @property
+    def context(self) -> Context | None:
+        """What cuts rows over workers and lets their attention see each other's keys."""
+        part = self.parts[0]
+        return part.model.context if isinstance(part, Decoder) else None
 
     @property
     def model(self) -> Model | PipelinedModel:

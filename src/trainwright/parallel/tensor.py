@@ -1,8 +1,8 @@
 """Tensor parallelism with sequence parallelism, as Megatron-LM has them (arXiv:2205.05198).
 
-Between the blocks the stream is cut along the sequence; entering attention or the feed-forward
-network it is gathered, leaving them it is summed and cut again. Inside, each worker has some of
-the heads and some of the feed-forward channels. Vocabularies are cut as well.
+Between the blocks every worker has an equal part of the micro-batch's tokens; entering attention or
+the feed-forward network they are gathered, leaving them they are summed and cut again. Inside,
+each worker has some of the heads and some of the feed-forward channels. Vocabularies are cut too.
 
 Weights become plain parameters of a smaller shape under their own names, noted as `Piece`s. What
 stays whole on every worker (norms, biases that are added once, key-value heads that are fewer than
@@ -32,8 +32,10 @@ from trainwright.models.pieces import Piece, whole_piece
 class CutStream:
     """The stream between the blocks, cut over the workers of `group`.
 
-    Along the sequence in training; while generating, a token at a time, every worker has all of
-    it and only the branches' results are summed.
+    In training each has a run of its tokens, counted through the micro-batch row by row: what is
+    sent and received then lies in one piece, which a cut of every row would not. While
+    generating, a token at a time, every worker has all of it and only the branches' results are
+    summed.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -44,20 +46,26 @@ class CutStream:
     def enter(self, stream: Tensor) -> Tensor:
         """The stream [batch, sequence, hidden], whole; backward sums the branches' gradients."""
         if self.sequence:
-            return gather(stream, 1, self.group)
+            rows, columns, hidden = stream.shape
+            return gather(stream, 0, self.group).view(rows, columns * self.workers, hidden)
         return sum_backward(stream, self.group)
 
     def leave(self, branch: Tensor) -> Tensor:
         """The sum of every worker's share of a branch, cut as the stream is."""
         if self.sequence:
-            return scatter_sum(branch, 1, self.group)
+            return scatter_sum(self._parts(branch), 0, self.group)
         return sum_forward(branch, self.group)
 
     def own(self, tokens: Tensor) -> Tensor:
         """This worker's part of what there is for each token [batch, sequence, …]."""
         if not self.sequence:
             return tokens
-        return tokens.chunk(self.workers, 1)[self.index]
+        return self._parts(tokens).chunk(self.workers)[self.index]
+
+    def _parts(self, tokens: Tensor) -> Tensor:
+        """[batch, sequence, …] as [workers · batch, sequence / workers, …], part after part."""
+        rows, columns, *rest = tokens.shape
+        return tokens.reshape(rows * self.workers, columns // self.workers, *rest)
 
 
 def cut_tensors(model: Decoder, group: dist.ProcessGroup) -> None:

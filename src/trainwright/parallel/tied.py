@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from trainwright.comm.local import local
 from trainwright.models.decoder import Decoder
 from trainwright.parallel.mesh import Mesh
 from trainwright.planner.schedules import placement
@@ -71,5 +71,4 @@ def _gradient(parameter: nn.Parameter) -> Tensor:
     """The gradient as this worker holds it; zeros, now the parameter's own, where there is none."""
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
-    gradient = parameter.grad
-    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
+    return local(parameter.grad)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from trainwright.models.families import DecoderConfig
+from trainwright.planner.layout import split_layers
 from trainwright.planner.plan import (
     ContextMethod,
     Offload,
@@ -23,6 +24,7 @@ from trainwright.planner.schedules import SCHEDULES
 from trainwright.recipe.schema import Parallel, Training
 
 DEGREES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")  # their product is the world
+AXES = (*DEGREES, "ep")
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,42 @@ class Candidate:
         """Micro-batches a step: as the micro-batch says, or as many as there can be."""
         own = self.own_rows
         return None if own is None else own // (self.micro_batch or 1)
+
+    def plan(self, *, threads: int, compile: bool, **fields: Any) -> Plan:
+        """The Plan of this candidate, which is legal and whose rows and device are known.
+
+        Micro-batches are of one row where nothing is said; `fields` are the plan's other ones.
+        """
+        assert self.own_rows is not None and self.sequence_length is not None
+        micro_batch, layers = self.micro_batch or 1, self.stage_layers
+        if self.pp > 1 and not layers and self.model is not None:
+            layers = split_layers(self.model, self.stages)
+        return Plan(
+            world_size=self.world,
+            dp_replicate=self.dp_replicate,
+            dp_shard=self.dp_shard,
+            micro_batch=micro_batch,
+            accumulation=self.own_rows // micro_batch,
+            threads=threads,
+            precision=self.precision,
+            recompute=self.recompute,
+            compile=compile,
+            device=self.device or "cpu",
+            sequence_length=self.sequence_length,
+            optimizer=self.optimizer,
+            pp=self.pp,
+            cp=self.cp,
+            tp=self.tp,
+            ep=self.ep,
+            zero=self.zero,
+            schedule=self.schedule,
+            virtual_stages=self.virtual_stages,
+            stage_layers=layers,
+            cp_method=self.cp_method,
+            offload=self.offload,
+            recompute_by_stage=self.recompute_by_stage,
+            **fields,
+        )
 
     def changed(self, **fields: Any) -> Candidate:
         """With other values of some fields, and what is derived settled anew."""
@@ -191,27 +229,4 @@ def candidate_of(
             native=native,
             derived=frozenset(derived),
         )
-    )
-
-
-def candidate_of_plan(plan: Plan, model: DecoderConfig | None = None) -> Candidate:
-    """What a finished plan amounts to: the rules hold for it, or it must not run."""
-    return Candidate(
-        world=plan.world_size,
-        **{axis: getattr(plan, axis) for axis in (*DEGREES, "ep", "zero", "schedule")},
-        virtual_stages=plan.virtual_stages,
-        stage_layers=plan.stage_layers,
-        cp_method=plan.cp_method,
-        offload=plan.offload,
-        recompute=plan.recompute,
-        recompute_by_stage=plan.recompute_by_stage,
-        compile=plan.compile,
-        precision=plan.precision,
-        optimizer=plan.optimizer,
-        sequence_length=plan.sequence_length,
-        rows=plan.batch_sequences,
-        micro_batch=plan.micro_batch,
-        device=plan.device,
-        model=model,
-        native=None if model is None else True,
     )

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 
 from trainwright.models.families import DecoderConfig
-from trainwright.planner.candidate import Candidate
+from trainwright.planner.candidate import AXES, Candidate
 from trainwright.planner.layout import divisors, split_layers
 from trainwright.planner.legality import is_legal
-from trainwright.planner.plan import ContextMethod, Plan, Precision, Recompute, ScheduleName
+from trainwright.planner.plan import ContextMethod, Plan, Recompute, ScheduleName
 from trainwright.planner.schedules import SCHEDULES
 
+_RECOMPUTES: tuple[Recompute, ...] = ("none", "full", "selective")
 _METHODS: tuple[ContextMethod, ...] = ("ring", "all_gather", "ulysses")
 _SCHEDULES: tuple[ScheduleName, ...] = (
     "gpipe",
@@ -30,27 +31,21 @@ def enumerate_plans(
     *,
     sequence_length: int,
     batch_sequences: int,
-    recomputes: Sequence[Recompute] = ("none", "full", "selective"),
-    schedules: Sequence[ScheduleName] = _SCHEDULES,
-    cp_methods: Sequence[ContextMethod] = _METHODS,
-    precision: Precision = "fp32",
-    optimizer: str = "adamw",
-    threads: int = 1,
 ) -> list[Plan]:
     """All legal plans on exactly `world_size` workers: degrees, ZeRO stages, schedules, methods.
 
-    All train on the same global batch, in two micro-batches a step where the rows allow it, so
-    that accumulation is seen as well, and in two for each rank of a pipeline.
-    The order is fixed, from few dimensions above 1 to many.
+    All train in fp32 on the same global batch, in two micro-batches a step where the rows allow
+    it, so that accumulation is seen as well, and in two for each rank of a pipeline. The order is
+    fixed, from few dimensions above 1 to many.
     """
     plans = []
     for degrees in _degrees(world_size):
         pp, dp_replicate, dp_shard, cp, tp, ep = degrees
-        for zero, (schedule, virtual), method, recompute in itertools.product(
+        for zero, (schedule, virtual, layers), method, recompute in itertools.product(
             (1, 2, 3) if dp_shard > 1 else (0,),
-            _pipelines(schedules) if pp > 1 else (("1f1b", 1),),
-            cp_methods if cp > 1 else ("ring",),
-            recomputes,
+            _pipelines(config, pp) if pp > 1 else (("1f1b", 1, ()),),
+            _METHODS if cp > 1 else ("ring",),
+            _RECOMPUTES,
         ):
             candidate = Candidate(
                 world=world_size,
@@ -63,11 +58,11 @@ def enumerate_plans(
                 zero=zero,
                 schedule=schedule,
                 virtual_stages=virtual,
+                stage_layers=layers,
                 cp_method=method,
                 recompute=recompute,
                 compile=False,
-                precision=precision,
-                optimizer=optimizer,
+                precision="fp32",
                 sequence_length=sequence_length,
                 rows=batch_sequences,
                 device="cpu",
@@ -79,14 +74,13 @@ def enumerate_plans(
                 continue
             candidate = replace(candidate, micro_batch=_micro_batch(rows, pp))
             if is_legal(candidate):
-                plans.append(_plan(candidate, config, threads))
+                plans.append(candidate.plan(threads=1, compile=False))
     return sorted(plans, key=_dimensions)
 
 
 def dimensions(plan: Plan) -> tuple[str, ...]:
     """The dimensions of parallelism that are above 1."""
-    names = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")
-    return tuple(name for name in names if getattr(plan, name) > 1)
+    return tuple(axis for axis in AXES if getattr(plan, axis) > 1)
 
 
 def _dimensions(plan: Plan) -> int:
@@ -103,44 +97,25 @@ def _degrees(world: int) -> Iterator[tuple[int, int, int, int, int, int]]:
                     yield pp, dp_replicate, dp_shard, cp, rest // cp, ep
 
 
-def _pipelines(schedules: Sequence[ScheduleName]) -> Iterator[tuple[ScheduleName, int]]:
-    """Schedules, each with the stages a worker that it can have: the fewest, and two."""
-    for name in schedules:
+def _pipelines(
+    config: DecoderConfig, pp: int
+) -> Iterator[tuple[ScheduleName, int, tuple[int, ...]]]:
+    """Schedules, each with the stages a worker that it can have: the fewest, and two.
+
+    Layers are shared out evenly, which () says; once, the last stage has those of the first but
+    one as well.
+    """
+    for name in _SCHEDULES:
         kind = SCHEDULES[name]
         for virtual in (1, 2):
             if kind.least_virtual <= virtual <= (kind.most_virtual or virtual):
-                yield name, virtual
+                yield name, virtual, ()
+    first, *middle, last = split_layers(config, pp)
+    if first > 1:
+        yield "1f1b", 1, (1, *middle, last + first - 1)
 
 
 def _micro_batch(rows: int, pp: int) -> int:
     """So many rows that there are two micro-batches a step, or two for each pipeline rank."""
     wanted = 2 * pp if pp > 1 else 2
     return rows // wanted if rows % wanted == 0 else 1
-
-
-def _plan(candidate: Candidate, config: DecoderConfig, threads: int) -> Plan:
-    c = candidate
-    assert c.own_rows is not None and c.micro_batch is not None and c.sequence_length is not None
-    return Plan(
-        world_size=c.world,
-        dp_replicate=c.dp_replicate,
-        dp_shard=c.dp_shard,
-        micro_batch=c.micro_batch,
-        accumulation=c.own_rows // c.micro_batch,
-        threads=threads,
-        precision=c.precision,
-        recompute=c.recompute,
-        compile=False,
-        device="cpu",
-        sequence_length=c.sequence_length,
-        optimizer=c.optimizer,
-        pp=c.pp,
-        cp=c.cp,
-        tp=c.tp,
-        ep=c.ep,
-        zero=c.zero,
-        schedule=c.schedule,
-        virtual_stages=c.virtual_stages,
-        stage_layers=split_layers(config, c.stages) if c.pp > 1 else (),
-        cp_method=c.cp_method,
-    )

@@ -11,7 +11,7 @@ from trainwright.planner import memory
 from trainwright.planner.candidate import Candidate, candidate_of
 from trainwright.planner.explain import in_bytes
 from trainwright.planner.known_model import known_config, known_native
-from trainwright.planner.layout import divisors, split_layers
+from trainwright.planner.layout import divisors
 from trainwright.planner.legality import legality_mistakes
 from trainwright.planner.plan import Machine, Plan
 from trainwright.planner.schedules import schedule_mistakes
@@ -63,10 +63,13 @@ def make_plan(
     mistakes = [*batch_tokens_mistakes(recipe.training, recipe.data), *legality_mistakes(candidate)]
     if mistakes:
         raise UserError(mistakes)
-    plan = _smallest(recipe, machine, candidate, config, steps)
-    rows = candidate.own_rows
+    micro, rows = candidate.micro_batch, candidate.own_rows
     assert rows is not None
-    micro = candidate.micro_batch
+    plan = replace(candidate, micro_batch=1).plan(
+        threads=_threads(recipe.parallel, machine, candidate.world),
+        compile=_compiles(recipe, machine, candidate, config, steps),
+        activation_offload=recipe.training.activation_offload,
+    )
     if micro is None:
         most = _most_rows(plan, machine, config, rows)
         micro = max(n for n in divisors(rows) if n <= most)
@@ -86,45 +89,11 @@ def batch_tokens_mistakes(training: Training, data: DataSection) -> list[Mistake
     return [Mistake(what, f"write {near}", key="training.batch_tokens")]
 
 
-def _smallest(
-    recipe: Recipe,
-    machine: Machine,
-    candidate: Candidate,
-    config: DecoderConfig | None,
-    steps: int | None,
-) -> Plan:
-    """The plan with micro-batches of one row."""
-    c, parallel, world = candidate, recipe.parallel, candidate.world
-    local = min(world, machine.devices) if machine.device_kind == "cuda" else world
-    layers = c.stage_layers
-    if c.pp > 1 and not layers and config is not None:
-        layers = split_layers(config, c.stages)
-    return Plan(
-        world_size=world,
-        dp_replicate=c.dp_replicate,
-        dp_shard=c.dp_shard,
-        micro_batch=1,
-        accumulation=c.own_rows or 1,
-        threads=max(1, machine.cores // local) if parallel.threads == "auto" else parallel.threads,
-        precision=c.precision,
-        recompute=c.recompute,
-        compile=_compiles(recipe, machine, candidate, config, steps),
-        device=machine.device_kind,
-        sequence_length=recipe.data.sequence_length,
-        optimizer=c.optimizer,
-        pp=c.pp,
-        cp=c.cp,
-        tp=c.tp,
-        ep=c.ep,
-        zero=c.zero,
-        schedule=c.schedule,
-        virtual_stages=c.virtual_stages,
-        stage_layers=layers,
-        cp_method=c.cp_method,
-        offload=c.offload,
-        recompute_by_stage=c.recompute_by_stage,
-        activation_offload=recipe.training.activation_offload,
-    )
+def _threads(parallel: Parallel, machine: Machine, world: int) -> int:
+    if parallel.threads != "auto":
+        return parallel.threads
+    here = min(world, machine.devices) if machine.device_kind == "cuda" else world
+    return max(1, machine.cores // here)
 
 
 def _world_size(recipe: Recipe, machine: Machine) -> int:

@@ -52,7 +52,7 @@ def to_tensors(
         numbers = torch.arange(first + start, first + start + rows, device=device)
         slots = torch.arange(sequence, device=device)
         tensors["token_keys"] = token_keys(seed, step, numbers, slots)
-    context = getattr(getattr(spread.parts[0], "model", None), "context", None)
+    context = spread.context
     if context is not None:
         columns = context.slots(sequence, device)
         for name in ("input_ids", "labels", "token_keys"):
@@ -155,11 +155,6 @@ def compute_context(spread: SpreadModel) -> AbstractContextManager:
     """Autocast for whole weights; sharded weights are narrowed by their own policy."""
     precision = "fp32" if spread.sharded else spread.plan.precision
     return autocast(precision, spread.mesh.world.device)
-
-
-def trained_targets(batch: Batch, spread: SpreadModel) -> int:
-    """Targets of this worker's rows, counted on one of the workers that share them."""
-    return batch.weight if counts_rows(spread) else 0
 
 
 def counts_rows(spread: SpreadModel) -> bool:

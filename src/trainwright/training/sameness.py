@@ -21,6 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from trainwright.comm.local import local
 from trainwright.data.batches import IGNORED, Batch
 from trainwright.files import write_json
 from trainwright.models.decoder import Span
@@ -28,7 +29,7 @@ from trainwright.models.families import decoder_config
 from trainwright.models.router_balance import balances
 from trainwright.models.weights import initialise, new_model
 from trainwright.objectives.next_token import next_token_loss
-from trainwright.parallel.gradients import copies, local
+from trainwright.parallel.gradients import copies
 from trainwright.parallel.spread import Model, SpreadModel, spread
 from trainwright.parallel.world import World
 from trainwright.planner.plan import Plan

@@ -32,15 +32,14 @@ from trainwright.models.weights import new_model
 from trainwright.parallel.mesh import forget_groups
 from trainwright.parallel.spread import Model, SpreadModel, spread
 from trainwright.parallel.world import World
-from trainwright.planner.make import make_plan
-from trainwright.planner.plan import Machine, Plan
+from trainwright.planner.make import cluster_of, make_plan
+from trainwright.planner.plan import Plan
 from trainwright.planner.traffic import traffic
 from trainwright.recipe.schema import Recipe
 from trainwright.training.assemble import OBJECTIVES, build_all_optimizers
 from trainwright.training.sameness import made_batch
 from trainwright.training.step import TrainStep
 
-GPU_BYTES, GPUS_A_NODE = 80 * 10**9, 8  # the machines that a plan is made for, where it asks
 HALF_A_BYTE = 0.5  # what the meter may round a call by
 
 
@@ -84,15 +83,8 @@ def plan_for(recipe: Recipe, config: DecoderConfig | None, world_size: int) -> P
     refuse(recipe, config)
     parallel = recipe.parallel.model_copy(update={"workers": "auto"})
     training = recipe.training.model_copy(update={"compile": False})
-    machine = Machine(
-        devices=GPUS_A_NODE,
-        device_kind="cuda",
-        cores=GPUS_A_NODE,
-        memory_bytes=GPU_BYTES,
-        launched=world_size,
-    )
     changed = recipe.model_copy(update={"parallel": parallel, "training": training})
-    return make_plan(changed, machine, config)
+    return make_plan(changed, cluster_of(world_size), config)
 
 
 def refuse(recipe: Recipe, config: DecoderConfig | None) -> None:

@@ -16,7 +16,7 @@ import torch
 from trainwright.errors import Mistake, UserError
 from trainwright.models.families import FAMILIES, decoder_config
 from trainwright.parallel.world import World
-from trainwright.planner.combinations import enumerate_plans
+from trainwright.planner.combinations import dimensions, enumerate_plans
 from trainwright.planner.plan import Plan
 from trainwright.recipe.schema import Recipe
 from trainwright.training import sameness
@@ -26,7 +26,6 @@ from trainwright.training.sameness import ROWS, Outcome
 from trainwright.training.shrink import SEQUENCE, VOCABULARY, shrunk
 
 PLAN_SECONDS = 180.0  # a plan that has not answered by then hangs; even on a busy machine
-AXES = ("pp", "dp_replicate", "dp_shard", "cp", "tp", "ep")
 
 
 @dataclass(frozen=True)
@@ -129,7 +128,7 @@ def legal_plans(recipe: Recipe, hf_config: Mapping[str, Any], world_size: int) -
 
 def features(plan: Plan) -> set[str]:
     """What a plan has that others have not: its axes, schedule, methods, and pairs of them."""
-    single = {axis for axis in AXES if getattr(plan, axis) > 1}
+    single = set(dimensions(plan))
     if plan.pp > 1:
         single |= {plan.schedule}
         if len(set(plan.stage_layers)) > 1:
@@ -166,7 +165,7 @@ def choose(plans: Sequence[Plan], count: int, seed: int) -> list[Plan]:
 
 def in_words(plan: Plan) -> str:
     """A plan in a line: only what is not as in one process."""
-    words = [f"{axis} {getattr(plan, axis)}" for axis in AXES if getattr(plan, axis) > 1]
+    words = [f"{axis} {getattr(plan, axis)}" for axis in dimensions(plan)]
     if plan.dp_shard > 1:
         words.append(f"zero {plan.zero}")
     if plan.cp > 1:
