@@ -263,10 +263,9 @@ def like_result(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tenso
 
 
 @_slotted_backward.register_fake
-def like_gradients(
+def _like_gradients(
     gradient: Tensor, result: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of queries, keys and values without values."""
     return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
 
 

@@ -20,7 +20,6 @@ from torch.distributed import distributed_c10d
 from trainwright.kernels.partial_attention import (
     Sight,
     laid_out,
-    like_gradients,
     like_result,
     merge,
     partial_attention,
@@ -150,6 +149,14 @@ def _attend_backward(
     return for_q.to(q.dtype), for_k, for_v
 
 
+@_attend_backward.register_fake
+def _like_gradients(
+    gradient: Tensor, result: Tensor, lse: Tensor, q: Tensor, k: Tensor, v: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    # Those of keys and values come out of a buffer of their own, in one piece.
+    return torch.empty_like(q), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, segments, *ctx.options = inputs
     ctx.save_for_backward(*output, q, k, v, segments)
@@ -162,7 +169,6 @@ def _differentiate(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None
 
 
 _attend.register_fake(like_result)
-_attend_backward.register_fake(like_gradients)
 _attend.register_autograd(_differentiate, setup_context=_remember)
 
 
