@@ -16,7 +16,12 @@ from trainwright.recipe.presets import PRESETS
 from trainwright.recipe.starters import STARTERS, starter_summary, starter_text
 
 EXAMPLES = sorted((REPOSITORY / "examples").glob("*.yaml"))
-SAME_TEXT = {"quickstart": "quickstart", "pretrain": "pretrain", "continue": "continue-pretraining"}
+SAME_TEXT = {
+    "quickstart": "quickstart",
+    "pretrain": "pretrain",
+    "continue": "continue-pretraining",
+    "sft": "sft",
+}
 
 
 @pytest.fixture

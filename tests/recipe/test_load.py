@@ -248,6 +248,8 @@ def test_different_keys_name_what_differs(recipe_file: Path) -> None:
         "data.sources.1.kind",
         "data.sources.1.path",
         "data.sources.1.field",
+        "data.sources.1.format",
+        "data.sources.1.columns",
         "data.sources.1.subset",
         "data.sources.1.split",
         "data.sources.1.limit",

@@ -18,6 +18,7 @@ from trainwright.cli.doctor import doctor
 from trainwright.cli.evaluate import evaluate
 from trainwright.cli.export import export
 from trainwright.cli.generate import chat, generate
+from trainwright.cli.importing import import_
 from trainwright.cli.recipes import init, validate
 from trainwright.cli.report import report
 from trainwright.cli.train import train
@@ -28,7 +29,7 @@ USER_MISTAKE, INTERRUPTED = 2, 130
 
 # Verbs as `--help` lists them, by panel.
 VERBS: dict[str, tuple[Callable[..., None], ...]] = {
-    "Recipe": (init, validate, data),
+    "Recipe": (init, import_, validate, data),
     "Training": (train, evaluate, report, verify),
     "Model": (generate, chat, export),
     "Machine": (doctor,),
@@ -43,7 +44,7 @@ app = typer.Typer(
 )
 for _panel, _verbs in VERBS.items():
     for _verb in _verbs:
-        app.command(rich_help_panel=_panel)(_verb)
+        app.command(_verb.__name__.rstrip("_"), rich_help_panel=_panel)(_verb)
 
 
 def _print_version(wanted: bool) -> None:

@@ -185,7 +185,7 @@ def _model(recipe: Recipe) -> str:
 def _data(recipe: Recipe) -> str:
     names = [str(source.path or source.kind) for source in recipe.data.sources]
     shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-    return f"{shown}; rows of {recipe.data.sequence_length:,} tokens, packing {recipe.data.packing}"
+    return f"{shown}; rows of {recipe.data.sequence_length:,} tokens, packing {recipe.packing}"
 
 
 def _length(recipe: Recipe) -> str:

@@ -54,6 +54,14 @@ def item_of(annotation: Any) -> Any:
     return None
 
 
+def value_of(annotation: Any) -> Any:
+    """The type of the values where a place takes keys of any name, else None."""
+    for member, _ in members(annotation):
+        if get_origin(member) is dict:
+            return get_args(member)[1]
+    return None
+
+
 def field_at(path: KeyPath) -> FieldInfo | None:
     """The schema's field at `path`; None inside free-form places, list items and unknown keys."""
     annotation: Any = Recipe

@@ -105,22 +105,42 @@ class TokenizerSection(Section):
     train: TrainTokenizer | None = Field(
         None, description="Train a byte-level BPE on this recipe's training documents."
     )
+    chat_template: str | None = Field(
+        None,
+        description="How conversations become text: a name such as chatml or llama3, or a Jinja "
+        "file; default the tokenizer's own, or chatml where it has none.",
+        examples=["chatml"],
+    )
 
     @model_validator(mode="after")
     def one_origin(self) -> TokenizerSection:
-        if (self.path is None) == (self.train is None):
-            raise refusal(
-                "`path` and `train` exclude each other" if self.path else "the tokenizer is empty",
-                "write either `path: DIRECTORY` or `train: {vocab_size: 4096}`",
-            )
+        if self.path is not None and self.train is not None:
+            fix = "write either `path: DIRECTORY` or `train: {vocab_size: 4096}`"
+            raise refusal("`path` and `train` exclude each other", fix)
+        if self.path is None and self.train is None and self.chat_template is None:
+            fix = "write either `path: DIRECTORY` or `train: {vocab_size: 4096}`"
+            raise refusal("the tokenizer is empty", fix)
         return self
 
 
-SourceKind = Literal["text", "jsonl", "parquet", "arrow", "dataset", "python-stdlib"]
+SourceKind = Literal["text", "jsonl", "parquet", "arrow", "dataset", "python-stdlib", "stdlib-docs"]
+Format = Literal[
+    "auto",
+    "text",
+    "prompt_completion",
+    "alpaca",
+    "sharegpt",
+    "messages",
+    "preference",
+    "kto",
+    "oasst",
+]
+EMBEDDED = ("python-stdlib", "stdlib-docs")  # kinds that need no path
 
 
 class Source(Section):
-    """Where documents come from. A plain string means `path`, or `python-stdlib`."""
+    """Where documents come from. A plain string means `path`, or an embedded source's `kind`:
+    `python-stdlib`, the interpreter's own library, or `stdlib-docs`, conversations about it."""
 
     shorthand = "path"
 
@@ -135,6 +155,16 @@ class Source(Section):
         examples=["texts/*.txt"],
     )
     field: str = Field("text", description="Column or key that holds the text of a document.")
+    format: Format = Field(
+        "auto",
+        description="How a row tells an example, for every objective but next_token; `auto` "
+        "knows it by the row's keys.",
+    )
+    columns: dict[str, str] = Field(
+        default_factory=dict,
+        description="Where the names differ: the format's own name, and the file's.",
+        examples=[{"prompt": "question", "completion": "answer"}],
+    )
     subset: str | None = Field(
         None,
         description="Configuration name of a Hugging Face dataset.",
@@ -153,17 +183,17 @@ class Source(Section):
 
     @classmethod
     def expand(cls, value: Any) -> Any:
-        return {"kind": value} if value == "python-stdlib" else super().expand(value)
+        return {"kind": value} if value in EMBEDDED else super().expand(value)
 
     @model_validator(mode="after")
     def has_path(self) -> Source:
-        if self.kind == "python-stdlib" and self.path is not None:
+        if self.kind in EMBEDDED and self.path is not None:
             raise refusal(
-                "`python-stdlib` is the interpreter's own library and has no `path`",
-                "leave `path` out, or write `kind: text` to read that path",
+                f"`{self.kind}` is made from the interpreter's own library and has no `path`",
+                "leave `path` out, or write the kind of file that it is",
                 "path",
             )
-        if self.kind != "python-stdlib" and self.path is None:
+        if self.kind not in EMBEDDED and self.path is None:
             raise refusal(
                 "the source has no `path`",
                 "write `path: FILE_OR_FOLDER`, or `kind: python-stdlib` for Python's own library",
@@ -184,10 +214,23 @@ class DataSection(Section):
         0.01, description="Share of documents held out, or sources of their own."
     )
     sequence_length: Count = Field(1024, description="Tokens in a row of the batch.")
-    packing: Literal["concat", "best-fit", "none"] = Field(
-        "concat",
+    packing: Literal["concat", "best-fit", "none"] | None = Field(
+        None,
         description="`concat` fills rows end to end and splits documents; `best-fit` splits only "
-        "documents longer than a row; `none` gives each document a row of its own.",
+        "documents longer than a row; `none` gives each document a row of its own. Default concat "
+        "for next_token, and best-fit for other objectives, whose examples are never split.",
+        examples=["best-fit"],
+    )
+    too_long: Literal["cut", "drop"] = Field(
+        "cut",
+        description="What happens to examples longer than a row, for every objective but "
+        "next_token: they lose their end, or are left out. Those that would lose all that is "
+        "trained are always left out; both are counted and named.",
+    )
+    bad_rows: Literal["refuse", "drop"] = Field(
+        "refuse",
+        description="What happens to rows that are no example or hold nothing to train on: the run "
+        "does not begin, or they are left out, counted and named.",
     )
     shuffle: bool = Field(True, description="Shuffle documents anew each epoch.")
     cache: Path | None = Field(

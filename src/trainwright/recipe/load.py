@@ -22,6 +22,7 @@ from trainwright.recipe.mistakes import mistakes_from, show
 from trainwright.recipe.overrides import COMMAND_LINE, apply_overrides
 from trainwright.recipe.paths import resolve_paths
 from trainwright.recipe.schema import (
+    Adapter,
     Checkpoint,
     DataSection,
     Evaluation,
@@ -46,7 +47,7 @@ _LARGEST_FILE = 10_000_000
 class Draft:
     """A recipe whose parts may be broken: each broken one is None and named in `broken`.
 
-    `tokenizer` and `run_directory` are also None where they are simply left out.
+    `tokenizer`, `adapter` and `run_directory` are also None where they are simply left out.
     """
 
     name: str | None = None
@@ -56,6 +57,7 @@ class Draft:
     tokenizer: TokenizerSection | None = None
     data: DataSection | None = None
     objective: Objective | None = None
+    adapter: Adapter | None = None
     training: Training | None = None
     optimizer: Optimizer | None = None
     schedule: Schedule | None = None

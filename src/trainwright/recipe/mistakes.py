@@ -22,6 +22,7 @@ from trainwright.recipe.describe import (
     members,
     section_at,
     section_in,
+    value_of,
 )
 from trainwright.recipe.schema import Recipe, Section
 
@@ -175,9 +176,10 @@ def _nearest(key: str, section: type[Section]) -> str:
 def _wrong_value(path: KeyPath, field: FieldInfo | None, given: Any) -> Mistake:
     if field is not None:
         annotation, metadata = field.annotation, tuple(field.metadata)
-    else:  # an item of a list
+    else:  # an item of a list, or a value under a key of any name
         parent = field_at(path[:-1])
-        annotation, metadata = item_of(parent.annotation if parent else None), ()
+        outer = parent.annotation if parent else None
+        annotation, metadata = item_of(outer) or value_of(outer), ()
     what = f"expected {expects(annotation, metadata)}, found {show(given)}"
     return Mistake(what, _repair(path, field, annotation, given), key=dotted(path))
 

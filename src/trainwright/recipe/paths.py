@@ -14,6 +14,11 @@ from trainwright.recipe.overrides import COMMAND_LINE
 from trainwright.recipe.yaml_text import Document
 
 _FILE_KINDS = ("text", "jsonl", "parquet", "arrow")
+# Sections' keys that name a directory, or something on the hub or of our own.
+_NAMES = (
+    *(("model", "path"), ("tokenizer", "path"), ("tokenizer", "chat_template")),
+    *(("objective", "reference"), ("adapter", "path")),
+)
 # "owner/name", unless it ends as files do.
 _HUB_ID = re.compile(r"[\w-][\w.-]*/(?![\w.-]*\.[A-Za-z]+$)[\w.-]+")
 
@@ -32,8 +37,8 @@ def resolve_paths(tree: dict[str, Any], document: Document, folder: Path) -> Non
     """Make the paths in `tree` absolute, each from where it was written.
 
     Paths in the file count from its `folder`, those on the command line from the current folder,
-    and `run_directory` always from the current folder. `model.path` and `tokenizer.path` stay as
-    they are, names on the hub, unless they are spelt as a path or such a directory is there.
+    and `run_directory` always from the current folder. `model.path` and other names of things on
+    the hub stay as they are unless they are spelt as a path or such a directory is there.
     """
     for place in _places(tree):
         value = place.holder.get(place.key)
@@ -48,9 +53,9 @@ def resolve_paths(tree: dict[str, Any], document: Document, folder: Path) -> Non
 
 def _places(tree: dict[str, Any]) -> Iterator[_Place]:
     yield _Place(tree, "run_directory", ("run_directory",), "folder")
-    for name in ("model", "tokenizer"):
+    for name, key in _NAMES:
         if isinstance(tree.get(name), dict):
-            yield _Place(tree[name], "path", (name, "path"), "name")
+            yield _Place(tree[name], key, (name, key), "name")
     data = tree.get("data")
     if isinstance(data, dict):
         yield _Place(data, "cache", ("data", "cache"), "folder")
@@ -65,7 +70,7 @@ def _is_local(value: str, absolute: Path, place: _Place) -> bool:
     if place.role == "folder" or is_spelt_as_path(value):
         return True
     if place.role == "name":
-        return value != "bytes" and absolute.is_dir()
+        return value != "bytes" and absolute.exists()
     kind = place.holder.get("kind")
     if kind in _FILE_KINDS or absolute.exists():
         return True

@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from trainwright.recipe.adapter import Adapter
 from trainwright.recipe.inputs import (
     DataSection,
     ModelSection,
@@ -21,6 +22,7 @@ from trainwright.recipe.inputs import (
     TokenizerSection,
     TrainTokenizer,
 )
+from trainwright.recipe.objective import Objective
 from trainwright.recipe.parallel import Parallel, Recompute
 from trainwright.recipe.section import (
     Count,
@@ -34,6 +36,7 @@ from trainwright.recipe.section import (
 )
 
 __all__ = [
+    "Adapter",
     "Checkpoint",
     "DataSection",
     "Evaluation",
@@ -53,14 +56,6 @@ __all__ = [
     "TrainTokenizer",
     "Training",
 ]
-
-
-class Objective(Section):
-    """What is optimised. A plain string means `kind`."""
-
-    shorthand = "kind"
-
-    kind: Literal["next_token"] = Field("next_token", description="Next-token prediction.")
 
 
 class Training(Section):
@@ -126,6 +121,16 @@ class Training(Section):
         description="How far a step moves the biases that balance experts without a loss; default "
         "0.001 for models that have such biases.",
         examples=[0.001],
+    )
+    neftune_alpha: NotNegative = Field(
+        0.0,
+        description="Strength of uniform noise on the embeddings in training (NEFTune, "
+        "arXiv:2310.05914), such as 5.",
+    )
+    freeze: list[str] = Field(
+        default_factory=list,
+        description="Parameters that are not trained: parts of their names, with `*` for anything.",
+        examples=[["embed_tokens", "layers.0.*"]],
     )
     compile: Literal["auto"] | bool = Field(
         "auto", description="torch.compile of each block; `auto` does it where it pays."
@@ -258,6 +263,11 @@ class Export(Section):
     """The Hugging Face directory made from the last checkpoint."""
 
     at_end: bool = Field(True, description="Export when training ends.")
+    merge: bool = Field(
+        False,
+        description="Of a run with an adapter: the whole model with the adapter in its weights, "
+        "instead of the adapter alone (in PEFT's layout).",
+    )
     dtype: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="Type of the weights.")
     shard_bytes: Count = Field(5_000_000_000, description="Most bytes in a weight file.")
 
@@ -284,6 +294,11 @@ class Recipe(Section):
     )
     data: DataSection = Field(default_factory=DataSection, description="What it learns from.")
     objective: Objective = Field(default_factory=Objective, description="What is optimised.")
+    adapter: Adapter | None = Field(
+        None,
+        description="Train low-rank adapters instead of the model's own weights.",
+        examples=[{"rank": 16}],
+    )
     training: Training = Field(
         description="How long and how much a step.", examples=[{"steps": 1000}]
     )
@@ -301,6 +316,42 @@ class Recipe(Section):
         from trainwright.recipe.load import load_recipe
 
         return load_recipe(path, overrides)
+
+    @model_validator(mode="after")
+    def sections_go_together(self) -> Recipe:
+        if self.learns_examples and self.tokenizer is not None and self.tokenizer.train is not None:
+            raise refusal(
+                "a tokenizer is trained on plain text, and these data are examples",
+                "name one with `path`, or leave `tokenizer` out to use the model's own",
+                "tokenizer.train",
+            )
+        if (
+            self.adapter is not None
+            and self.adapter.plus_ratio > 1
+            and "adamw" not in (self.optimizer.name)
+        ):
+            raise refusal(
+                "LoRA+ gives AdamW's learning rates factors, and muon would update the matrices",
+                "write `optimizer: adamw`, or leave `plus_ratio` out",
+                "adapter.plus_ratio",
+            )
+        if self.learns_examples and self.data.packing == "concat":
+            raise refusal(
+                f"`concat` splits documents, and {self.objective.kind} learns from whole examples",
+                "write `packing: best-fit`, or leave it out",
+                "data.packing",
+            )
+        return self
+
+    @property
+    def learns_examples(self) -> bool:
+        """Whether data are examples with prompts and answers, rather than plain text."""
+        return self.objective.kind != "next_token"
+
+    @property
+    def packing(self) -> Literal["concat", "best-fit", "none"]:
+        """How documents become rows."""
+        return self.data.packing or ("best-fit" if self.learns_examples else "concat")
 
     @property
     def batch_sequences(self) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from trainwright.errors import UserError
 
-STARTERS = ("quickstart", "pretrain", "continue")
+STARTERS = ("quickstart", "pretrain", "continue", "sft")
 
 
 def starter_text(name: str) -> str:
