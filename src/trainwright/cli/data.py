@@ -15,6 +15,11 @@ if TYPE_CHECKING:
     from trainwright.data.opening import PreparedData
     from trainwright.recipe.schema import Recipe
 
+LOST = {  # what became of rows of examples, in words
+    "cut": "were cut to fit (`data.too_long: drop` leaves them out)",
+    "too long": "are too long and left out (a larger `data.sequence_length` keeps them)",
+    "bad": "are no example and left out",
+}
 _FEW_TARGETS = 5_000
 
 EXAMPLE = """
@@ -90,7 +95,7 @@ def warnings(recipe: Recipe, prepared: PreparedData, encoder: Encoder) -> list[s
     if figures.filled < 0.8:
         found.append(
             f"{1 - figures.filled:.0%} of the positions are padding"
-            + (": try `data.packing: best-fit`" if recipe.data.packing == "none" else "")
+            + (": try `data.packing: best-fit`" if recipe.packing == "none" else "")
         )
     if figures.rows < recipe.batch_sequences:
         found.append(
@@ -98,6 +103,10 @@ def warnings(recipe: Recipe, prepared: PreparedData, encoder: Encoder) -> list[s
             "batch: a batch holds documents several times"
         )
     for each in prepared.summary:
+        for what, count in each.lost.items():
+            names = ", ".join(each.lost_rows[what][:5])
+            more = f" and {count - 5:,} more" if count > 5 else ""
+            found.append(f"{count:,} of {each.name}'s rows {LOST[what]}: {names}{more}")
         if each.also_trained:
             found.append(
                 f"{each.also_trained:,} of the {each.documents:,} documents of {each.name} that "
@@ -157,7 +166,7 @@ def as_values(
             "prefix": encoder.prefix,
             "suffix": encoder.suffix,
         },
-        "packing": recipe.data.packing,
+        "packing": recipe.packing,
         "sequence_length": recipe.data.sequence_length,
         "figures": figures,
         "warnings": warnings(recipe, prepared, encoder),
@@ -224,12 +233,19 @@ def _print_facts(
         "tokenizer": f"{encoder.vocabulary:,} tokens; a document is: {document}; padding is {pad}",
         "rows": f"{figures.rows:,} an epoch, of {train.sequence_length:,} tokens: {steps:,} steps "
         f"of {train.batch_rows} rows",
-        "packing": f"{recipe.data.packing}: {figures.filled:.2%} of the positions hold tokens, "
+        "packing": f"{recipe.packing}: {figures.filled:.2%} of the positions hold tokens, "
         "the rest is padding",
         "documents": f"{figures.split:,} of {train.documents:,} go over several rows (the longest "
         f"has {figures.longest:,} tokens); none is truncated",
         "targets": f"{train.targets:,} of {train.tokens:,} tokens, all but each document's first",
     }
+    if train.are_examples:
+        facts["tokenizer"] = f"{encoder.vocabulary:,} tokens; padding is {pad}"
+        facts["documents"] = (
+            f"{train.documents:,} examples, each whole in one row (the longest has "
+            f"{figures.longest:,} tokens)"
+        )
+        facts["targets"] = f"{train.targets:,} of {train.tokens:,} tokens are trained"
     grid = Table.grid(padding=(0, 2))
     for name, text in facts.items():
         grid.add_row(f"[bold]{name}[/bold]", _literal(text))

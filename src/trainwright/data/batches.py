@@ -34,6 +34,11 @@ class Batch:
     padding. `position_ids` restart at each document, and at the beginning of a row. `segment_ids`
     number the documents in a row from 0, padding is -1; None if every row is one document without
     padding. `documents` names the documents in each row.
+
+    Of examples, some tokens only are trained, and labels are -100 at the others. An example may
+    have several sequences: each then counts as a document but for its name, so that of pairs the
+    chosen answers have even segments and the rejected odd ones. `values` [rows, most examples in a
+    row] is what the objective knows of each example, 0 where a row has fewer.
     """
 
     input_ids: NDArray[np.int64]
@@ -41,6 +46,12 @@ class Batch:
     position_ids: NDArray[np.int64]
     segment_ids: NDArray[np.int32] | None
     documents: tuple[tuple[str, ...], ...]
+    values: NDArray[np.float32] | None = None
+
+    @property
+    def examples(self) -> int:
+        """Documents or examples in the batch."""
+        return sum(map(len, self.documents))
 
     @property
     def weight(self) -> int:
@@ -184,6 +195,11 @@ class Batches:
         return self.streams[0].sequence_length
 
     @property
+    def are_examples(self) -> bool:
+        """Whether documents are examples, of which some tokens only are trained."""
+        return self.streams[0].corpus.is_masked
+
+    @property
     def rows_per_epoch(self) -> int:
         """Rows in an epoch."""
         if self.interleaving is not None:
@@ -236,8 +252,8 @@ class Batches:
 
     @property
     def targets(self) -> int:
-        """Tokens that are predicted when every document is seen once: all but each first one."""
-        return self.tokens - self.documents
+        """Tokens that are predicted when every document is seen once."""
+        return sum(stream.corpus.targets for stream in self.streams)
 
     @property
     def text_bytes(self) -> int:
@@ -251,6 +267,8 @@ class Batches:
         All of `text_bytes` where the tokenizer adds a BOS; else without each document's first
         token, which nothing predicts. EOS is a target of no bytes, so that its cost counts.
         """
+        if self.are_examples:
+            return 0  # what is trained of an example are no whole texts
         return self.text_bytes - sum(stream.corpus.lead_bytes for stream in self.streams)
 
     def batch(self, step: int, rows: slice = slice(None)) -> Batch:
@@ -276,6 +294,7 @@ class Batches:
             position_ids=np.zeros(shape, dtype=np.int64),
             segment_ids=np.full(shape, -1, dtype=np.int32),
             documents=[()] * len(numbers),
+            values=[np.zeros(0, np.float32)] * len(numbers) if self.are_examples else None,
         )
         stream_of = np.zeros_like(numbers)
         if self.interleaving is not None:
@@ -286,13 +305,15 @@ class Batches:
             for round in np.unique(rounds[stream_of == index]).tolist():
                 places = np.flatnonzero((stream_of == index) & (rounds == round))
                 batch.fill(places, stream.corpus, stream.layout(round), row_in_round[places])
-        whole = bool((batch.segment_ids == 0).all())
+        # An example's row may end in a segment of its own: objectives look for its number there.
+        whole = not self.are_examples and bool((batch.segment_ids == 0).all())
         return Batch(
             batch.input_ids,
             batch.labels,
             batch.position_ids,
             None if whole else batch.segment_ids,
             tuple(batch.documents),
+            batch.known(),
         )
 
 
@@ -305,6 +326,16 @@ class _Filling:
     position_ids: NDArray[np.int64]
     segment_ids: NDArray[np.int32]
     documents: list[tuple[str, ...]]
+    values: list[NDArray[np.float32]] | None  # of examples
+
+    def known(self) -> NDArray[np.float32] | None:
+        """The values of all rows as one array."""
+        if self.values is None:
+            return None
+        known = np.zeros((len(self.values), max(map(len, self.values))), np.float32)
+        for row, values in enumerate(self.values):
+            known[row, : len(values)] = values
+        return known
 
     def fill(
         self, places: NDArray[np.int64], corpus: Corpus, layout: Layout, rows: NDArray[np.int64]
@@ -313,8 +344,19 @@ class _Filling:
         runs = layout.first_run[rows + 1] - layout.first_run[rows]
         taken = ranges(layout.first_run[rows], runs)
         document, length = layout.document[taken], layout.length[taken]
+        names = [corpus.name(index) for index in document.tolist()]
+        borders = np.concatenate([[0], np.cumsum(runs)]).tolist()
+        for place_of_row, first, end in zip(places.tolist(), borders, borders[1:], strict=False):
+            self.documents[place_of_row] = tuple(names[first:end])
+            if self.values is not None:
+                self.values[place_of_row] = corpus.values(document[first:end])
         # Where each run begins: its address among the tokens, its place in the flattened batch.
         address = corpus.starts[document] + layout.start[taken]
+        if corpus.parts > 1:  # examples are never split: a run for each of their sequences
+            lengths = corpus.part_lengths(document)
+            address = (address[:, None] + np.cumsum(lengths, 1) - lengths).reshape(-1)
+            length = lengths.reshape(-1)
+            runs = runs * corpus.parts
         number = ranges(np.zeros_like(runs), runs)
         ends = np.cumsum(length)
         row_begins = np.repeat((ends - length)[np.cumsum(runs) - runs], runs)
@@ -324,11 +366,11 @@ class _Filling:
         self.input_ids.reshape(-1)[target] = corpus.read(source)
         self.position_ids.reshape(-1)[target] = ranges(np.zeros_like(length), length)
         self.segment_ids.reshape(-1)[target] = np.repeat(number, length)
-        document_end = np.repeat(corpus.starts[document] + corpus.lengths[document], length)
-        followed = source + 1 < document_end
+        if corpus.parts > 1:
+            end_of_text = address + length
+        else:
+            end_of_text = corpus.starts[document] + corpus.lengths[document]
+        followed = source + 1 < np.repeat(end_of_text, length)
+        if corpus.is_masked:
+            followed[followed] = corpus.trained(source[followed] + 1)
         self.labels.reshape(-1)[target[followed]] = corpus.read(source[followed] + 1)
-
-        names = [corpus.name(index) for index in document.tolist()]
-        borders = np.concatenate([[0], np.cumsum(runs)]).tolist()
-        for place_of_row, first, end in zip(places.tolist(), borders, borders[1:], strict=False):
-            self.documents[place_of_row] = tuple(names[first:end])

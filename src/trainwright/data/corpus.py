@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +29,7 @@ class Corpus:
         self._firsts = np.cumsum([0, *map(len, chosen)])
         offsets = [np.asarray(cache.offsets) for cache in caches]
         pairs = list(zip(offsets, chosen, strict=True))
+        self.parts = caches[0].parts if caches else 1
         self.lengths: Ints = np.concatenate([o[c + 1] - o[c] for o, c in pairs])
         self.starts: Ints = np.concatenate(
             [o[c] + base for (o, c), base in zip(pairs, self._bases, strict=False)]
@@ -53,16 +55,60 @@ class Corpus:
         """Bytes of first tokens that nothing predicts; 0 where the tokenizer adds a BOS."""
         return self._total("lead_bytes")
 
+    @property
+    def is_masked(self) -> bool:
+        """Whether its documents are examples, of which some tokens only are trained."""
+        return self._caches[0].trained is not None
+
+    @property
+    def targets(self) -> int:
+        """Tokens that are predicted: all but each document's first; of examples those trained."""
+        if not self.is_masked:
+            return self.tokens - self.documents
+        total = 0
+        for cache, chosen in zip(self._caches, self._chosen, strict=True):
+            assert cache.trained is not None
+            before = np.concatenate([[0], np.cumsum(cache.trained, dtype=np.int64)])
+            offsets = np.asarray(cache.offsets)
+            total += int((before[offsets[chosen + 1]] - before[offsets[chosen]]).sum())
+        return total
+
     def read(self, addresses: Ints) -> Ints:
         """The tokens at `addresses`."""
+        return self._read("tokens", addresses)
+
+    def trained(self, addresses: Ints) -> NDArray[np.bool_]:
+        """Whether the tokens at `addresses` are targets; for examples only."""
+        return self._read("trained", addresses).astype(bool)
+
+    def part_lengths(self, documents: Ints) -> Ints:
+        """Tokens of each sequence of these documents [documents, parts]."""
+        return self._of_documents("part_lengths", documents, (self.parts,), np.int64)
+
+    def values(self, documents: Ints) -> NDArray[np.float32]:
+        """What the objective knows of these examples [documents]."""
+        return self._of_documents("values", documents, (), np.float32)
+
+    def _read(self, column: str, addresses: Ints) -> Ints:
         if len(self._caches) == 1:
-            return self._caches[0].tokens[addresses].astype(np.int64)
-        tokens = np.empty(len(addresses), dtype=np.int64)
+            return getattr(self._caches[0], column)[addresses].astype(np.int64)
+        found = np.empty(len(addresses), dtype=np.int64)
         owner = np.searchsorted(self._bases, addresses, side="right") - 1
         for index in np.unique(owner).tolist():
             here = owner == index
-            tokens[here] = self._caches[index].tokens[addresses[here] - self._bases[index]]
-        return tokens
+            found[here] = getattr(self._caches[index], column)[addresses[here] - self._bases[index]]
+        return found
+
+    def _of_documents(
+        self, column: str, documents: Ints, shape: tuple[int, ...], dtype: Any
+    ) -> NDArray[Any]:
+        found = np.empty((len(documents), *shape), dtype=dtype)
+        owner = np.searchsorted(self._firsts, documents, side="right") - 1
+        for index in np.unique(owner).tolist():
+            here = owner == index
+            inside = self._chosen[index][documents[here] - self._firsts[index]]
+            found[here] = getattr(self._caches[index], column)[inside]
+        return found
 
     def name(self, document: int) -> str:
         """The id of a document; with its source's name before it where there are several."""

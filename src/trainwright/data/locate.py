@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainwright.errors import Mistake, UserError
+from trainwright.recipe.inputs import EMBEDDED
 from trainwright.recipe.schema import Source, SourceKind
 
 ENDINGS: dict[SourceKind, tuple[str, ...]] = {
@@ -58,8 +59,8 @@ def locate(source: Source, key: str = "") -> Located:
     Raises UserError for a missing path, a glob or folder without files, an unknown ending, and
     files of several kinds where no kind is given.
     """
-    if source.kind == "python-stdlib":
-        return _locate_stdlib(key)
+    if source.kind in EMBEDDED:
+        return _locate_stdlib(source.kind, key)
     assert source.path is not None  # the schema holds that
     path = Path(source.path).expanduser()
     key = f"{key}.path" if key else ""
@@ -100,7 +101,7 @@ def bare_ending(path: Path) -> str:
     return Path(path.stem).suffix.lower() if suffix in COMPRESSED else suffix
 
 
-def _locate_stdlib(key: str) -> Located:
+def _locate_stdlib(kind: SourceKind, key: str) -> Located:
     root = Path(sysconfig.get_paths()["stdlib"])
     files = [file for file in _files_below(root, _STDLIB_LEFT_OUT) if file.suffix == ".py"]
     if not files:
@@ -109,7 +110,7 @@ def _locate_stdlib(key: str) -> Located:
             "name text files of your own in `data.sources`",
             key,
         )
-    return Located("python-stdlib", root, _in_order(root, files))
+    return Located(kind, root, _in_order(root, files))
 
 
 def _locate_folder(folder: Path, kind: SourceKind | None, key: str) -> Located:

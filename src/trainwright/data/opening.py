@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +32,9 @@ class SourceSummary:
     """What came of a source: its documents for training, or its held-out ones.
 
     `dropped` documents were empty; `also_trained` held-out ones are word for word in the training
-    data too. Tokens include BOS and EOS.
+    data too. Tokens include BOS and EOS. Of a whole source of examples, train and validation alike,
+    `lost` says how many were "cut", or left out as "too long" or "bad", and `lost_rows` names the
+    first of each.
     """
 
     name: str
@@ -42,6 +44,8 @@ class SourceSummary:
     text_bytes: int
     dropped: int = 0
     also_trained: int = 0
+    lost: dict[str, int] = field(default_factory=dict)
+    lost_rows: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def bytes_per_token(self) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,10 +13,12 @@ import numpy as np
 
 from trainwright.data.batches import Batches, Stream
 from trainwright.data.build import OpenedSource, build_tokens, build_vocabulary, open_source
+from trainwright.data.build_examples import ExampleRules, build_examples
 from trainwright.data.corpus import Corpus
 from trainwright.data.digests import digest
 from trainwright.data.encode import Encoder
 from trainwright.data.folders import cache_folder, file_hashes, locked
+from trainwright.data.masks import TrainOn
 from trainwright.data.opening import (
     DESCRIPTION,
     TOKENIZER,
@@ -31,16 +33,18 @@ from trainwright.data.opening import (
 from trainwright.data.packing import Packing
 from trainwright.data.sources import check_source, source_names
 from trainwright.data.split import held_out_below
+from trainwright.data.templates import ChatTemplate, find_template
 from trainwright.data.token_cache import TokenCache
 from trainwright.data.tokenizers import embedding_rows
 from trainwright.errors import Mistake, UserError
-from trainwright.files import write_json
+from trainwright.files import write_atomically, write_json
 from trainwright.recipe.presets import model_config
 from trainwright.recipe.schema import Recipe, Source, TokenizerSection
 
 __all__ = ["PreparedData", "SourceSummary", "open_data", "prepare_data", "prepare_held_out"]
 
 Say = Callable[[str], None]
+DEFAULT_TEMPLATE = "plain"  # of a tokenizer without one: no token of its own is needed
 
 
 class _Encoded(NamedTuple):
@@ -72,7 +76,8 @@ def prepare_data(
     root = cache_folder(recipe.data.cache)
     own = recipe.data.validation if isinstance(recipe.data.validation, list) else []
     share = 0.0 if isinstance(recipe.data.validation, list) else recipe.data.validation
-    sources = _open_sources({"data.sources": recipe.data.sources, "data.validation": own}, root)
+    lists = {"data.sources": recipe.data.sources, "data.validation": own}
+    sources = _open_sources(lists, root, examples=recipe.learns_examples)
     training = sources[: len(recipe.data.sources)]
 
     model = model_path or recipe.model.path
@@ -85,9 +90,21 @@ def prepare_data(
     encoder = Encoder(tokenizer)
     _require_room(encoder.vocabulary, rows, pretrained=model is not None)
 
-    encoded = _encode(sources, tokenizer, root, say)
+    template: ChatTemplate | None = None
+    if recipe.learns_examples:
+        template = chosen_template(recipe, tokenizer)
+        folders = [
+            build_examples(source, tokenizer, template, example_rules(recipe), root, say)
+            for source in sources
+        ]
+        encoded = _opened(sources, folders)
+    else:
+        encoded = _encode(sources, tokenizer, root, say)
     count = len(training)
     description = _describe(recipe, encoded[:count], encoded[count:], share, tokenizer)
+    description["chat_template"] = None
+    if template is not None:
+        description["chat_template"] = [template.source, template.tool_source]
     if directory is not None:
         tokenizer = _leave(description, tokenizer, directory)
     return open_description(description, tokenizer)
@@ -109,7 +126,7 @@ def prepare_held_out(
     """
     say = progress or _say_nothing
     root = cache_folder(cache)
-    opened = _open_sources({"": sources}, root)
+    opened = _open_sources({"": sources}, root, examples=False)
     section = TokenizerSection(path=str(tokenizer))
     folder = build_vocabulary(section, None, [], 0.0, None, root, say)
     pad_id = Encoder(folder).pad_id
@@ -125,7 +142,31 @@ def prepare_held_out(
     return {each.name: batches(whole_corpus(each.cache)) for each in encoded}
 
 
-def _open_sources(lists: dict[str, Sequence[Source]], cache: Path) -> list[OpenedSource]:
+def example_rules(recipe: Recipe) -> ExampleRules:
+    """How the recipe's rows become sequences: a row of the batch holds at least one example."""
+    objective = recipe.objective
+    default: TrainOn = "assistant" if objective.kind == "sft" else "completion"
+    return ExampleRules(
+        objective.kind,
+        objective.train_on or default,
+        recipe.data.sequence_length // objective.sequences,
+        recipe.data.too_long,
+        recipe.data.bad_rows,
+    )
+
+
+def chosen_template(recipe: Recipe, tokenizer: Path) -> ChatTemplate:
+    """The chat template that the recipe names, the tokenizer's own, or a plain one."""
+    section = recipe.tokenizer
+    own = find_template(None if section is None else section.chat_template, tokenizer)
+    found = own or find_template(DEFAULT_TEMPLATE, tokenizer)
+    assert found is not None
+    return found
+
+
+def _open_sources(
+    lists: Mapping[str, Sequence[Source]], cache: Path, *, examples: bool
+) -> list[OpenedSource]:
     """The sources of all lists, their files found and hashed; `lists` goes by recipe key.
 
     Raises UserError with everything that is wrong with any of them.
@@ -136,7 +177,7 @@ def _open_sources(lists: dict[str, Sequence[Source]], cache: Path) -> list[Opene
             zip(sections, source_names(sections), strict=True)
         ):
             key = f"{place}.{number}" if place else ""
-            mistakes += check_source(section, key)
+            mistakes += check_source(section, key, examples=examples)
             found.append((section, name, key))
     if mistakes:
         raise UserError(mistakes)
@@ -146,7 +187,10 @@ def _open_sources(lists: dict[str, Sequence[Source]], cache: Path) -> list[Opene
 def _encode(
     sources: Sequence[OpenedSource], tokenizer: Path, root: Path, say: Say
 ) -> list[_Encoded]:
-    folders = [build_tokens(source, tokenizer, root, say) for source in sources]
+    return _opened(sources, [build_tokens(source, tokenizer, root, say) for source in sources])
+
+
+def _opened(sources: Sequence[OpenedSource], folders: Sequence[Path]) -> list[_Encoded]:
     return [
         _Encoded(source.name, folder, require_cache(folder))
         for source, folder in zip(sources, folders, strict=True)
@@ -179,14 +223,15 @@ def _describe(
     order = {
         "threshold": threshold,
         "sequence_length": recipe.data.sequence_length,
-        "packing": recipe.data.packing,
+        "packing": recipe.packing,
         "shuffle": recipe.data.shuffle,
         "seed": recipe.seed,
         "batch_rows": recipe.batch_sequences,
         "weights": [source.weight for source in recipe.data.sources],
     }
     hashes = [file_hashes(each.folder) for each in (*training, *held_out)]
-    tokens = [(files["tokens.bin"], files["offsets.bin"]) for files in hashes]
+    columns = ("tokens.bin", "offsets.bin", "trained.bin", "values.bin")
+    tokens = [[files[name] for name in columns if name in files] for files in hashes]
     encoder = Encoder(tokenizer)
     return {
         # What may not change between a run's start and its continuation.
@@ -203,23 +248,27 @@ def _describe(
 def _summarise(
     training: Sequence[_Encoded], held_out: Sequence[_Encoded], threshold: int
 ) -> list[SourceSummary]:
-    def summary(source: _Encoded, split: str, corpus: Corpus, **more: int) -> SourceSummary:
+    def summary(source: _Encoded, split: str, corpus: Corpus, **more: Any) -> SourceSummary:
         counts = corpus.documents, corpus.tokens, corpus.text_bytes
         return SourceSummary(source.name, split, *counts, **more)
 
     def side(source: _Encoded, *, apart: bool) -> Corpus:
         return Corpus([source.cache], [chosen(source.cache, threshold, held_out=apart)], [""])
 
+    def lost(source: _Encoded) -> dict[str, Any]:
+        facts = source.cache.facts
+        return {"lost": facts.get("lost", {}), "lost_rows": facts.get("rows", {})}
+
     trained = np.concatenate([each.cache.text_hashes for each in training])
     parts = [
-        summary(each, "train", side(each, apart=False), dropped=each.cache.dropped)
+        summary(each, "train", side(each, apart=False), dropped=each.cache.dropped, **lost(each))
         for each in training
     ]
     parts += [summary(each, "validation", side(each, apart=True)) for each in training]
     for each in held_out:
         again = int(np.isin(each.cache.text_hashes, trained).sum())
         corpus = whole_corpus(each.cache)
-        more = {"dropped": each.cache.dropped, "also_trained": again}
+        more = {"dropped": each.cache.dropped, "also_trained": again, **lost(each)}
         parts.append(summary(each, "validation", corpus, **more))
     return [part for part in parts if part.documents or part.split == "train"]
 
@@ -243,8 +292,25 @@ def _leave(description: dict[str, Any], tokenizer: Path, directory: Path) -> Pat
             shutil.rmtree(copy, ignore_errors=True)
             ours = shutil.ignore_patterns("manifest.json", "verified.json")
             shutil.copytree(tokenizer, copy, ignore=ours)
+            if description["chat_template"] is not None:
+                _save_template(copy, *description["chat_template"])
         write_json(file, description)
     return copy
+
+
+def _save_template(tokenizer: Path, source: str, tool_source: str | None) -> None:
+    """What a model was trained with is saved with it, in the form that transformers reads."""
+    write_atomically(tokenizer / "chat_template.jinja", source)
+    if tool_source is not None:
+        more = tokenizer / "additional_chat_templates"
+        more.mkdir(exist_ok=True)
+        write_atomically(more / "tool_use.jinja", tool_source)
+    file = tokenizer / "tokenizer_config.json"
+    config = json.loads(file.read_text())
+    config.pop("chat_template", None)
+    # A template writes special tokens as text, which are then to be read as tokens.
+    config["split_special_tokens"] = False
+    write_json(file, config)
 
 
 def _say_nothing(message: str) -> None:

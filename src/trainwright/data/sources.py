@@ -38,14 +38,21 @@ def read_documents(
             return
 
 
-def check_source(source: Source, key: str = "") -> list[Mistake]:
+def check_source(source: Source, key: str = "", *, examples: bool = False) -> list[Mistake]:
     """What is wrong with `source` as far as can be seen quickly; `key` is its recipe key.
+
+    With `examples` its rows are read as such, else as documents.
 
     Looks for the files, their endings and sizes, and at the first document; a dataset on the hub
     is not looked up.
     """
     try:
         located = locate(source, key)
+        if located.kind == "stdlib-docs" and not examples:
+            what = "stdlib-docs is made of examples, and next_token learns from plain text"
+            return [Mistake(what, "write `python-stdlib`, or another `objective`", key)]
+        if examples:
+            return []  # rows are looked at one by one when they are read
         if located.kind in ("text", "jsonl") and all(f.stat().st_size == 0 for f in located.files):
             what = "is empty" if len(located.files) == 1 else "holds only empty files"
             return [Mistake(what, "give a file that holds text", key, str(source.path))]

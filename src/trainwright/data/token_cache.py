@@ -5,7 +5,7 @@ A folder of flat little-endian arrays, one a column; `folders` sees to it that t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -29,6 +29,11 @@ _ARRAYS: dict[str, np.dtype[Any]] = {
     "names": np.dtype("u1"),  # ids end to end, UTF-8
     "name_offsets": np.dtype("<i8"),  # [documents + 1]
 }
+_EXAMPLE_ARRAYS: dict[str, np.dtype[Any]] = {
+    "trained": np.dtype("u1"),  # [tokens]: 1 where the token is a target
+    "part_lengths": np.dtype("<i8"),  # [documents * parts], tokens of each sequence
+    "values": np.dtype("<f4"),  # [documents], what an objective knows of each
+}
 _BATCH_CHARACTERS = 1 << 22  # of text held and encoded at once
 _BATCH_DOCUMENTS = 4096
 
@@ -38,7 +43,8 @@ class TokenCache:
     """The tokens of one source, memory-mapped.
 
     `tokens` uint16 or uint32 [tokens]; document `i` is `tokens[offsets[i] : offsets[i + 1]]`, with
-    its BOS (where the tokenizer adds one) and its EOS.
+    its BOS (where the tokenizer adds one) and its EOS. Documents that are examples have `parts`
+    sequences, end to end, and say of each token whether it is trained.
     """
 
     directory: Path
@@ -63,6 +69,29 @@ class TokenCache:
     @cached_property
     def text_hashes(self) -> NDArray[np.uint64]:
         return self._map("text_hashes", _ARRAYS["text_hashes"])
+
+    @property
+    def parts(self) -> int:
+        """Sequences of each document."""
+        return self.facts.get("parts", 1)
+
+    @cached_property
+    def trained(self) -> NDArray[np.uint8] | None:
+        """Whether each token is a target; None where all are."""
+        return self._map("trained", _EXAMPLE_ARRAYS["trained"]) if "parts" in self.facts else None
+
+    @cached_property
+    def part_lengths(self) -> NDArray[np.int64]:
+        """Tokens of each sequence [documents, parts]."""
+        if "parts" not in self.facts:
+            return np.diff(self.offsets)[:, None]
+        flat = self._map("part_lengths", _EXAMPLE_ARRAYS["part_lengths"])
+        return flat.reshape(self.documents, self.parts)
+
+    @cached_property
+    def values(self) -> NDArray[np.float32] | None:
+        """What the objective knows of each example: its label or margin."""
+        return self._map("values", _EXAMPLE_ARRAYS["values"]) if "parts" in self.facts else None
 
     @property
     def documents(self) -> int:
@@ -112,44 +141,88 @@ def write_cache(
     empty documents; `progress(documents, text bytes)` is told after every batch. A document that
     the tokenizer turns into nothing counts as empty too.
     """
-    columns = {name: _Column(directory, name, dtype) for name, dtype in _ARRAYS.items()}
-    columns["tokens"] = _Column(directory, "tokens", np.dtype(encoder.dtype).newbyteorder("<"))
-    count = empty = position = name_position = text_total = 0
+    empty = 0
     around = len(encoder.prefix) + len(encoder.suffix)
-    columns["offsets"].write([0])
-    columns["name_offsets"].write([0])
-    try:
+    with CacheWriter(directory, encoder.dtype) as writer:
         for batch in _batches(documents):
             encoded = encoder.encode([document.text for document in batch])
             pairs = [(d, t) for d, t in zip(batch, encoded, strict=True) if len(t) > around]
             empty += len(batch) - len(pairs)
-            names = [d.id.encode(errors="backslashreplace") for d, _ in pairs]
-            sizes = [len(d.text.encode()) for d, _ in pairs]
-            for _, tokens in pairs:
-                columns["tokens"].write(tokens)
-            columns["offsets"].write(position + np.cumsum([len(t) for _, t in pairs], dtype="i8"))
-            columns["name_offsets"].write(
-                name_position + np.cumsum(list(map(len, names)), dtype="i8")
+            writer.add(
+                names=[d.id for d, _ in pairs],
+                tokens=[tokens for _, tokens in pairs],
+                text_bytes=[len(d.text.encode()) for d, _ in pairs],
+                hashes=[text_hash(d.text) for d, _ in pairs],
+                lead_bytes=[_lead_bytes(encoder, tokens) for _, tokens in pairs],
             )
-            columns["names"].write(np.frombuffer(b"".join(names), "u1"))
-            columns["text_bytes"].write(sizes)
-            columns["lead_bytes"].write([_lead_bytes(encoder, t) for _, t in pairs])
-            columns["text_hashes"].write(np.array([text_hash(d.text) for d, _ in pairs], "u8"))
-            count += len(pairs)
-            position += sum(len(tokens) for _, tokens in pairs)
-            name_position += sum(map(len, names))
-            text_total += sum(sizes)
-            progress(count, text_total)
-    finally:
-        for column in columns.values():
+            progress(writer.documents, writer.text_bytes)
+    return writer.facts | {"dropped": dropped() + empty}
+
+
+class CacheWriter:
+    """A cache while it grows, in an empty folder.
+
+    With `parts`, documents are examples of so many sequences each.
+    """
+
+    def __init__(self, directory: Path, dtype: type[np.integer], parts: int | None = None) -> None:
+        arrays = _ARRAYS | (_EXAMPLE_ARRAYS if parts else {})
+        self._columns = {name: _Column(directory, name, kind) for name, kind in arrays.items()}
+        self._columns["tokens"] = _Column(directory, "tokens", np.dtype(dtype).newbyteorder("<"))
+        self._parts = parts
+        self.documents = self.tokens = self.text_bytes = self._name_position = 0
+        self._write("offsets", [0])
+        self._write("name_offsets", [0])
+
+    def add(
+        self,
+        *,
+        names: Sequence[str],
+        tokens: Sequence[NDArray[np.integer]],
+        text_bytes: Sequence[int],
+        hashes: Sequence[int],
+        lead_bytes: Sequence[int],
+        **columns: Any,
+    ) -> None:
+        """Append documents; for examples also `trained`, `part_lengths` and `values`."""
+        encoded_names = [name.encode(errors="backslashreplace") for name in names]
+        for each in tokens:
+            self._write("tokens", each)
+        lengths = [len(each) for each in tokens]
+        self._write("offsets", self.tokens + np.cumsum(lengths, dtype="i8"))
+        sizes = np.cumsum([len(name) for name in encoded_names], dtype="i8")
+        self._write("name_offsets", self._name_position + sizes)
+        self._write("names", np.frombuffer(b"".join(encoded_names), "u1"))
+        self._write("text_bytes", text_bytes)
+        self._write("lead_bytes", lead_bytes)
+        self._write("text_hashes", np.array(hashes, "u8"))
+        for name, values in columns.items():
+            self._write(name, values)
+        self.documents += len(names)
+        self.tokens += sum(lengths)
+        self.text_bytes += sum(text_bytes)
+        self._name_position += sum(map(len, encoded_names))
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What `TokenCache.facts` holds, but for what was dropped."""
+        facts = {
+            "dtype": self._columns["tokens"].dtype.str,
+            "documents": self.documents,
+            "tokens": self.tokens,
+            "text_bytes": self.text_bytes,
+        }
+        return facts | ({"parts": self._parts} if self._parts else {})
+
+    def __enter__(self) -> CacheWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for column in self._columns.values():
             column.close()
-    return {
-        "dtype": columns["tokens"].dtype.str,
-        "documents": count,
-        "tokens": position,
-        "text_bytes": text_total,
-        "dropped": dropped() + empty,
-    }
+
+    def _write(self, name: str, values: Any) -> None:
+        self._columns[name].write(values)
 
 
 def _lead_bytes(encoder: Encoder, tokens: NDArray[np.integer]) -> int:
