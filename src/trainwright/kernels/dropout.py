@@ -88,16 +88,29 @@ class _Dropout(torch.autograd.Function):
         return _masked(gradient, keys, ctx.place, ctx.probability), None, None, None
 
 
+def uniform_noise(keys: Tensor, place: int, channels: int) -> Tensor:
+    """Numbers in [-1, 1) in fp32, [batch, sequence, channels], a function of the tokens' keys.
+
+    The bits are those by which `dropout` decides; no gradient flows.
+    """
+    return _bits(keys, place, channels, keys.device).float() * 2.0**-31
+
+
 def _masked(x: Tensor, keys: Tensor, place: int, probability: float) -> Tensor:
+    bits = _bits(keys, place, x.shape[-1], x.device)
+    # The high bits are a product's best, and a comparison reads those.
+    return torch.where(bits >= _threshold(probability), x * (1 / (1 - probability)), 0)
+
+
+def _bits(keys: Tensor, place: int, channels: int, device: torch.device) -> Tensor:
+    """A signed 32-bit number for every channel of every token, int32 [batch, sequence, channels]"""
     tokens = _mixed(keys + _signed((place + 1) * GOLDEN))[..., None]
     # Two words a token, so that no two tokens of a run share a mask; one word a channel.
     first, second = tokens.to(torch.int32), (tokens >> 32).to(torch.int32)
-    bits = first ^ _channel_words(x.shape[-1], x.device)
+    bits = first ^ _channel_words(channels, device)
     bits = bits * _signed(NARROW[0], 32)
     bits = (bits ^ ((bits >> 15) & 0x1FFFF)) + second
-    bits = bits * _signed(NARROW[1], 32)
-    # The high bits are a product's best, and a comparison reads those.
-    return torch.where(bits >= _threshold(probability), x * (1 / (1 - probability)), 0)
+    return bits * _signed(NARROW[1], 32)
 
 
 # An operation of its own, because C++ compilers may take it that products of a loop's index do not

@@ -6,6 +6,7 @@ What sets families apart is in `DecoderConfig`; see `models.families`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -17,7 +18,8 @@ from torch import Tensor, nn
 
 from trainwright.comm.collectives import gather
 from trainwright.kernels.attention import Mask, attention_mask
-from trainwright.kernels.dropout import dropout, layer_keys
+from trainwright.kernels.dropout import dropout, layer_keys, uniform_noise
+from trainwright.models.adapted import dropping
 from trainwright.models.attention import Attention
 from trainwright.models.cache import KeyValueCache, LayerCache, visible
 from trainwright.models.families import DecoderConfig
@@ -28,6 +30,7 @@ from trainwright.models.norm import RMSNorm
 from trainwright.models.pieces import Piece
 from trainwright.models.rope import Rope, document_lengths
 from trainwright.models.rope_spec import RopeSpec
+from trainwright.models.whole_copies import head_weight
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,7 @@ class Block(nn.Module):
             self.add_module(name, norm)
         self.multiplier = config.residual_multiplier
         self.dropout = 0.0
+        self.adapter_dropout = False  # whether adapters drop some of their inputs
 
     def forward(
         self,
@@ -143,6 +147,20 @@ class Block(nn.Module):
 
         keys [batch, sequence] are the tokens' in this layer, for `dropout` of both branches.
         """
+        if self.adapter_dropout:
+            with dropping(keys):
+                return self._forward(hidden, cos, sin, mask, cache, keys)
+        return self._forward(hidden, cos, sin, mask, cache, keys)
+
+    def _forward(
+        self,
+        hidden: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Mask | None,
+        cache: LayerCache | None,
+        keys: Tensor | None,
+    ) -> Tensor:
         mixed = self.self_attn(self.normed(0, hidden), cos, sin, mask, cache)
         hidden = self.added(hidden, self.dropped(0, self.normed(1, mixed), keys))
         mixed = self.mlp(self.normed(2, hidden))
@@ -178,6 +196,8 @@ class Trunk(nn.Module):
         self.context: Context | None = None  # rows cut over workers, set by parallel.context
         self.stream: StreamCut | None = None  # the stream cut over workers, by parallel.tensor
         self.dropout = 0.0
+        self.adapter_dropout = False
+        self.noise = 0.0  # NEFTune's alpha
 
     def forward(
         self,
@@ -197,14 +217,19 @@ class Trunk(nn.Module):
         tokens = input_ids.shape[1] * (context.workers if context is not None else 1)
         if position_ids is None:
             position_ids = torch.arange(past, past + tokens, device=device).unsqueeze(0)
-        if not self.dropout:
-            token_keys = None
-        elif token_keys is not None and self.stream is not None:
+        if token_keys is not None and self.stream is not None:
             token_keys = self.stream.own(token_keys)
         if hidden is None:
             hidden = self.embed(input_ids)
+            if token_keys is not None and self.noise:
+                # Jain et al. 2023, "NEFTune" (arXiv:2310.05914).
+                size = self.noise / math.sqrt(tokens * config.hidden_size)
+                noise = uniform_noise(token_keys, 1, config.hidden_size)
+                hidden = hidden + (size * noise).to(hidden.dtype)
             if token_keys is not None:
                 hidden = dropout(hidden, token_keys, 0, self.dropout)
+        if not (self.dropout or self.adapter_dropout):
+            token_keys = None
         tables = self.rotary_tables(position_ids, segment_ids, hidden.dtype)
         if cache is not None:
             segment_ids = cache.extend(tokens, segment_ids)
@@ -306,6 +331,19 @@ class Decoder(nn.Module):
         for block in self.model.layers.values():
             block.dropout = probability  # type: ignore[assignment]
 
+    def drop_adapter_inputs(self) -> None:
+        """Let adapters drop some of their inputs, where a forward pass is given `token_keys`."""
+        self.model.adapter_dropout = True
+        for block in self.model.layers.values():
+            block.adapter_dropout = True  # type: ignore[assignment]
+
+    def set_embedding_noise(self, alpha: float) -> None:
+        """NEFTune: uniform noise of at most alpha / √(row length · hidden) on the embeddings.
+
+        It is there where a forward pass is given `token_keys`.
+        """
+        self.model.noise = alpha
+
     def new_cache(self, capacity: int = 256) -> KeyValueCache:
         """An empty key-value cache with room for `capacity` tokens a row."""
         return KeyValueCache(self.config, capacity)
@@ -339,7 +377,7 @@ class Decoder(nn.Module):
             return hidden
         matrix = self.model.embed_tokens if self.config.tied_embeddings else self.lm_head
         output_head = OutputHead(
-            matrix.weight,
+            head_weight(matrix),
             None,
             self.config.logit_multiplier,
             self.config.logit_softcap,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from trainwright.errors import Mistake, UserError
 from trainwright.models.decoder import HeadFunction, OutputHead
 from trainwright.models.safetensors_files import weight_files
+from trainwright.models.whole_copies import head_weight
 
 
 class FallbackCache:
@@ -129,7 +130,8 @@ class FallbackModel(nn.Module):
         matrix, hf = self._inner[0].get_output_embeddings(), self.hf
         scale = (hf.get("logit_scale") or 1.0) / (hf.get("logits_scaling") or 1.0)
         bias = getattr(matrix, "bias", None)
-        return OutputHead(matrix.weight, bias, float(scale), hf.get("final_logit_softcapping"))
+        softcap = hf.get("final_logit_softcapping")
+        return OutputHead(head_weight(matrix), bias, float(scale), softcap)
 
     def require(self, device: torch.device, *, packing: bool) -> None:
         """Try now what training will ask for; UserError where the inner class lacks it.

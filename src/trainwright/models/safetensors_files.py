@@ -127,7 +127,7 @@ def save_weights(
     if count > 1:
         names = [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     for name, shard in zip(names, shards, strict=True):
-        _save_file(shard, directory / name)
+        save_tensors(shard, directory / name)
     if count > 1:
         weight_map = {
             key: name for name, shard in zip(names, shards, strict=True) for key in sorted(shard)
@@ -143,7 +143,7 @@ def save_weights(
     return [directory / name for name in names]
 
 
-def _save_file(tensors: Mapping[str, Tensor], path: Path) -> None:
+def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """One safetensors file: written beside, flushed to disk, renamed into place."""
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from trainwright.files import write_json
+from trainwright.models.adapter_spec import is_adapter_tensor
 from trainwright.models.decoder import Decoder, Span
 from trainwright.models.directory import (
     read_decoder_config,
@@ -56,18 +57,18 @@ def initialise(model: Decoder, seed: int) -> None:
     ones, has a generator of its own, seeded by (seed, name): the values depend neither on the
     layout nor on the device.
     """
-    for name, tensor, rule in _rules(model):
+    for name, tensor, rule in initial_values(model):
         piece = model.pieces.get(name)
         shape = piece.whole if piece else tuple(tensor.shape)
         if not is_stacked(name):
-            _write(tensor, _drawn(f"{seed}:{name}", shape, rule), piece)
+            write_part(tensor, drawn(f"{seed}:{name}", shape, rule), piece)
             continue
         for expert in range(shape[0]):
-            values = _drawn(f"{seed}:{name}:{expert}", shape[1:], rule)
-            _write(tensor, values, piece, expert)
+            values = drawn(f"{seed}:{name}:{expert}", shape[1:], rule)
+            write_part(tensor, values, piece, expert)
 
 
-def _drawn(key: str, shape: tuple[int, ...], rule: Rule) -> Callable[[Slices], Tensor]:
+def drawn(key: str, shape: tuple[int, ...], rule: Rule) -> Callable[[Slices], Tensor]:
     """Slices of a tensor that `rule` fills, when asked, from a generator that `key` seeds."""
 
     def draw(slices: Slices) -> Tensor:
@@ -86,23 +87,23 @@ def load_weights(model: nn.Module, directory: str | Path) -> None:
     dtype. Raises one UserError naming every file that is missing or broken and every tensor that
     is missing, unexpected or of another shape.
     """
-    tensors = dict(_tensors(model))
+    tensors = dict(named_tensors(model))
     pieces: dict[str, Piece] = getattr(model, "pieces", {})
     places: dict[str, tuple[str, int | None]] = {}  # of a tensor in a file
     shapes: dict[str, tuple[int, ...]] = {}
     for name, tensor in tensors.items():
         whole = pieces[name].whole if name in pieces else tuple(tensor.shape)
-        for number, on_disk in enumerate(_names_on_disk(model, name)):
+        for number, on_disk in enumerate(model_names_on_disk(model, name)):
             stacked = is_stacked(name)
             places[on_disk] = name, number if stacked else None
             shapes[on_disk] = whole[1:] if stacked else whole
     # A file is closed before the next is opened, so that no more than one is in memory.
-    for file, names in find_tensors(Path(directory), shapes, _ignored(model)).items():
+    for file, names in find_tensors(Path(directory), shapes, beyond_the_model(model)).items():
         with safe_open(file, framework="pt") as handle, torch.no_grad():
             for on_disk in names:
                 name, expert = places[on_disk]
                 read = handle.get_slice(on_disk).__getitem__
-                _write(tensors[name], read, pieces.get(name), expert)
+                write_part(tensors[name], read, pieces.get(name), expert)
 
 
 def load_model(
@@ -137,9 +138,9 @@ def load_model(
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     """What an export holds of `model`, by the names that it has in files, each tensor once."""
     result: dict[str, Tensor] = {}
-    for name, tensor in _tensors(model):
+    for name, tensor in named_tensors(model):
         parts = tensor.detach().unbind() if is_stacked(name) else [tensor.detach()]
-        result.update(zip(_names_on_disk(model, name), parts, strict=True))
+        result.update(zip(model_names_on_disk(model, name), parts, strict=True))
     return result
 
 
@@ -159,28 +160,30 @@ def save_model(
     return files
 
 
-def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """The parameters and persistent buffers of `model` by name, each once."""
-    yield from model.named_parameters()
+def named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The parameters and persistent buffers of `model` by name, each once; no adapter's."""
+    for name, parameter in model.named_parameters():
+        if not is_adapter_tensor(name):
+            yield name, parameter
     persistent = model.state_dict().keys()
     for name, buffer in model.named_buffers():
-        if name in persistent:
+        if name in persistent and not is_adapter_tensor(name):
             yield name, buffer
 
 
-def _names_on_disk(model: nn.Module, name: str) -> list[str]:
+def model_names_on_disk(model: nn.Module, name: str) -> list[str]:
     return names_on_disk(model.config, name) if isinstance(model, Decoder) else [name]
 
 
-def _ignored(model: nn.Module) -> Callable[[str], bool]:
+def beyond_the_model(model: nn.Module) -> Callable[[str], bool]:
     """Tensors that some directories hold beyond the parameters, rightly."""
     if not isinstance(model, Decoder):
         return lambda name: name.endswith("rotary_emb.inv_freq")
     config, elsewhere = model.config, set[str]()
     if model.span != Span(0, config.num_layers):
-        own = {name for name, _ in _tensors(model)}
+        own = {name for name, _ in named_tensors(model)}
         with torch.device("meta"):  # a stage's directory holds the other stages' weights too
-            others = [name for name, _ in _tensors(Decoder(config)) if name not in own]
+            others = [name for name, _ in named_tensors(Decoder(config)) if name not in own]
         elsewhere = {on_disk for name in others for on_disk in names_on_disk(config, name)}
 
     def ignored(name: str) -> bool:
@@ -194,29 +197,31 @@ def _ignored(model: nn.Module) -> Callable[[str], bool]:
     return ignored
 
 
-def _rules(model: Decoder) -> Iterator[tuple[str, Tensor, Rule]]:
+def initial_values(model: Decoder) -> Iterator[tuple[str, Tensor, Rule]]:
     """Each parameter's or buffer's name, and what fills a tensor like it from a generator."""
     std = model.config.initializer_range
     for prefix, module in model.named_modules():
         for name, buffer in module.named_buffers(recurse=False):
-            yield f"{prefix}.{name}", buffer, _constant(0.0)
+            yield f"{prefix}.{name}", buffer, constant(0.0)
         for name, parameter in module.named_parameters(recurse=False):
             full_name = f"{prefix}.{name}"
+            if is_adapter_tensor(full_name):
+                continue
             if isinstance(module, RMSNorm):
-                yield full_name, parameter, _constant(1.0 - module.offset)
+                yield full_name, parameter, constant(1.0 - module.offset)
             elif isinstance(module, nn.Embedding):
-                yield full_name, parameter, _normal(std, module.padding_idx)
+                yield full_name, parameter, normal(std, module.padding_idx)
             elif name == "bias":
-                yield full_name, parameter, _constant(0.0)
+                yield full_name, parameter, constant(0.0)
             else:
-                yield full_name, parameter, _normal(std)
+                yield full_name, parameter, normal(std)
 
 
-def _constant(value: float) -> Rule:
+def constant(value: float) -> Rule:
     return lambda tensor, generator: tensor.fill_(value)
 
 
-def _normal(std: float, zero_row: int | None = None) -> Rule:
+def normal(std: float, zero_row: int | None = None) -> Rule:
     def fill(tensor: Tensor, generator: torch.Generator) -> None:
         tensor.normal_(0.0, std, generator=generator)
         if zero_row is not None:
@@ -225,7 +230,7 @@ def _normal(std: float, zero_row: int | None = None) -> Rule:
     return fill
 
 
-def _write(
+def write_part(
     parameter: Tensor,
     read: Callable[[Slices], Tensor],
     piece: Piece | None = None,

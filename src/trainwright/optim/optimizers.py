@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,8 @@ from trainwright.optim.muon import Muon, Whole
 from trainwright.optim.offload import OffloadedOptimizer, on_host, whole_on_host
 from trainwright.recipe.schema import Optimizer as OptimizerSection
 
+NO_FACTORS: Mapping[nn.Parameter, float] = {}
+
 
 def build_optimizers(
     parameters: Iterable[nn.Parameter],
@@ -24,6 +26,7 @@ def build_optimizers(
     replicas: dist.ProcessGroup | None = None,
     whole: Whole | None = None,
     offload: bool = False,
+    factors: Mapping[nn.Parameter, float] = NO_FACTORS,
 ) -> list[torch.optim.Optimizer]:
     """Optimizers that together update every parameter that requires a gradient.
 
@@ -31,7 +34,8 @@ def build_optimizers(
     (those of `in_blocks`, stacks of experts among them) are Muon's; embeddings, head and vectors
     stay with AdamW. `replicas` are the workers that hold the same parameters, if any, and `whole`
     knows those that are parts of larger matrices. With `offload`, states and updates are on the
-    host. Raises UserError for `muon` where there is no such matrix, and for `adamw-8bit` without
+    host. `factors` multiply the learning rate of parameters that they name (LoRA+), for AdamW.
+    Raises UserError for `muon` where there is no such matrix, and for `adamw-8bit` without
     torchao.
     """
     trained = [p for p in parameters if p.requires_grad]
@@ -45,10 +49,11 @@ def build_optimizers(
             muon_dtype=muon_dtype,
             replicas=replicas,
             whole=None if whole is None else whole_on_host(whole, copies),
+            factors={copies[p]: factor for p, factor in factors.items()},
         )
         return [OffloadedOptimizer(optimizer, copies) for optimizer in inner]
     if section.name != "muon":
-        return [_adamw(trained, section)]
+        return [_adamw(trained, section, factors)]
     inside = {id(p) for p in in_blocks if p.ndim in (2, 3)}
     matrices = [p for p in trained if id(p) in inside]
     rest = [p for p in trained if id(p) not in inside]
@@ -69,28 +74,37 @@ def build_optimizers(
         replicas=replicas,
         whole=whole,
     )
-    return [muon, *([_adamw(rest, section)] if rest else [])]
+    return [muon, *([_adamw(rest, section, factors)] if rest else [])]
 
 
 def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], value: float) -> None:
-    """Set the learning rate of every parameter group."""
+    """Set the learning rate of every parameter group, times its factor where it has one."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
+            own = value * group.get("factor", 1.0)
             if isinstance(group["lr"], torch.Tensor):  # torchao keeps it in a tensor
-                group["lr"].fill_(value)
+                group["lr"].fill_(own)
             else:
-                group["lr"] = value
+                group["lr"] = own
 
 
-def _adamw(parameters: list[nn.Parameter], section: OptimizerSection) -> torch.optim.Optimizer:
+def _adamw(
+    parameters: list[nn.Parameter],
+    section: OptimizerSection,
+    factors: Mapping[nn.Parameter, float],
+) -> torch.optim.Optimizer:
     # Fused kernels take DTensors of one mesh, or plain tensors: experts have a mesh of their own.
     by_kind: dict[tuple, list[nn.Parameter]] = {}
     for p in parameters:
         mesh = p.device_mesh if isinstance(p, DTensor) else None
-        by_kind.setdefault((p.ndim < 2, mesh), []).append(p)
+        by_kind.setdefault((p.ndim < 2, mesh, factors.get(p, 1.0)), []).append(p)
     groups = [
-        {"params": members, "weight_decay": 0.0 if vectors else section.weight_decay}
-        for (vectors, _), members in by_kind.items()
+        {
+            "params": members,
+            "weight_decay": 0.0 if vectors else section.weight_decay,
+            "factor": factor,
+        }
+        for (vectors, _, factor), members in by_kind.items()
     ]
     if section.name == "adamw-8bit":
         try:
