@@ -49,7 +49,7 @@ Outcome = tuple[float, dict[str, np.ndarray]]
 
 def train_pass(decoder: Decoder, batch: dict[str, Tensor | None]) -> Outcome:
     """The loss sum and every parameter's gradient, of this process alone."""
-    loss, _ = next_token_loss(decoder, batch)
+    loss = next_token_loss(decoder, batch)
     loss.backward()
     gradients = {name: p.grad.numpy() for name, p in decoder.named_parameters()}  # type: ignore[union-attr]
     return loss.item(), gradients

@@ -208,7 +208,7 @@ def run_spread(
         own |= {key: own[key][:, slots] for key in ("input_ids", "labels")}
     model.begin_step()
     model.before_backward(0, last=True)
-    loss, _ = next_token_loss(model.parts[0], own)
+    loss = next_token_loss(model.parts[0], own)
     (loss / (ROWS * LENGTH)).backward()
     model.finish_gradients()
     loads = take_router_loads(model.parts, mesh.group("replicas"))
@@ -236,7 +236,7 @@ def alone(family: str) -> tuple[Decoder, Any, dict[str, float]]:
     set_router_scale([model], 1 / (ROWS * LENGTH))
     for row in range(ROWS):
         own = {key: each[row : row + 1] for key, each in batch().items() if each is not None}
-        loss, _ = next_token_loss(model, own)
+        loss = next_token_loss(model, own)
         (loss / (ROWS * LENGTH)).backward()
     loads = take_router_loads([model])
     update_router_biases(loads, 0.01)

@@ -19,7 +19,7 @@ from tests.parallel.pipelines import (
     token_rows,
 )
 from tests.workers import run_on
-from trainwright.objectives.next_token import next_token_loss
+from trainwright.objectives.next_token import NextToken, next_token_loss
 from trainwright.parallel.shard import sharded_modules
 from trainwright.planner.plan import Plan
 from trainwright.training.micro_batches import score_micro_batches, train_micro_batches
@@ -38,7 +38,7 @@ def run_step(plan: Plan, steps: int, tied: bool) -> Any:
     for _ in range(steps):
         for _, parameter in model.named_parameters():
             parameter.grad = None
-        losses = train_micro_batches(model, next_token_loss, batches, 1.0)
+        results = train_micro_batches(model, NextToken(), batches, {"targets": 1.0})
         model.finish_gradients()
         norm = model.gradient_norm().item()
         found = {}
@@ -52,9 +52,10 @@ def run_step(plan: Plan, steps: int, tied: bool) -> Any:
         with torch.no_grad():
             for _, parameter in model.named_parameters():
                 parameter -= 0.01 * parameter.grad
-    scored = [float(loss) for loss, _ in score_micro_batches(model, next_token_loss, batches)]
+    scored = score_micro_batches(model, next_token_loss, batches)
     last = model.pipeline is not None and model.pipeline.last_stage in model.stages
-    return ([x.item() for x in losses] if last else [], found, scored if last else [], norm)
+    losses = [sums["targets"].item() for sums, _ in results] if last else []
+    return losses, found, [loss.item() for loss in scored] if last else [], norm
 
 
 def reference_step(plan: Plan, steps: int, tied: bool) -> Any:
@@ -64,7 +65,7 @@ def reference_step(plan: Plan, steps: int, tied: bool) -> Any:
         model.zero_grad()
         losses = []
         for batch in batches:
-            loss, _ = next_token_loss(model, batch)
+            loss = next_token_loss(model, batch)
             loss.backward()
             losses.append(loss.item())
         found = {name: p.grad.numpy().copy() for name, p in model.named_parameters()}
@@ -72,7 +73,7 @@ def reference_step(plan: Plan, steps: int, tied: bool) -> Any:
             for parameter in model.parameters():
                 parameter -= 0.01 * parameter.grad
     with torch.no_grad():
-        scored = [next_token_loss(model, batch)[0].item() for batch in batches]
+        scored = [next_token_loss(model, batch).item() for batch in batches]
     norm = np.sqrt(sum(np.square(gradient).sum() for gradient in found.values()))
     return losses, found, scored, norm
 
@@ -124,7 +125,7 @@ def narrow_step() -> Any:
     batches = [
         {name: t.chunk(2)[rank] for name, t in batch.items()} for batch in token_rows(4, 2 * ROWS)
     ]
-    train_micro_batches(model, next_token_loss, batches, 1.0)
+    train_micro_batches(model, NextToken(), batches, {"targets": 1.0})
     kept = set()
     for part in model.parts:
         for module in sharded_modules(part):

@@ -21,7 +21,7 @@ from trainwright.planner.legality import (
 )
 from trainwright.planner.plan import Plan
 from trainwright.planner.rules import RULES
-from trainwright.recipe.schema import Parallel, Training
+from trainwright.recipe.schema import Adapter, Parallel, Training
 
 SHAPE = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 6,
@@ -60,6 +60,22 @@ CASES: dict[str, tuple[dict[str, Any], str, str]] = {
                     "write `cp: 1`"),
     "own-decoder-dropout": ({"native": False, "model": None, "dropout": 0.1},
                             "no such dropout", "leave `dropout` out"),
+    "own-decoder-noise": ({"native": False, "model": None, "neftune_alpha": 5.0},
+                          "no such noise", "leave `neftune_alpha` out"),
+    "adapter-dropout": ({"tp": 2, "adapter": Adapter(dropout=0.1)}, "adapters with dropout",
+                        "write `tp: 1`"),
+    "adapter-copies": (
+        {"tp": 2, "adapter": Adapter(train_also=["lm_head"]), "keeps_originals": True},
+        "copies of layers for the reference", "write `tp: 1`"),
+    "adapter-tied": (
+        {"pp": 2, "adapter": Adapter(targets=["embed_tokens"]),
+         "model": dense(tie_word_embeddings=True)},
+        "an adapter on tied embeddings", "write `pp: 1`"),
+    "adapter-float8": (
+        {"precision": "float8", "has_float8": True, "device": "cuda", "adapter": Adapter()},
+        "adapters do not go with float8", "write `precision: bf16`"),
+    "quantised-blocks": ({"tp": 2, "adapter": Adapter(quantise="nf4")},
+                         "tp 2 would cut blocks of 64", "write `tp: 1`"),
     "tensor-heads": ({"tp": 4, "model": dense(num_attention_heads=6, hidden_size=72)},
                      "4 does not divide the model's 6 heads", "write `tp: 2`"),
     "tensor-key-value-heads": (

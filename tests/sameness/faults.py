@@ -112,9 +112,9 @@ def a_document_border_leaks(plan: Plan) -> Iterator[None]:
 def the_loss_is_divided_by_each_ranks_own_weight(plan: Plan) -> Iterator[None]:
     train = step.train_micro_batches
 
-    def divided(model: Any, objective: Any, tensors: Any, scale: float) -> Any:
+    def divided(model: Any, objective: Any, tensors: Any, scales: Any) -> Any:
         own = sum(int((each["labels"] != -100).sum()) for each in tensors)
-        return train(model, objective, tensors, 1 / (own * plan.data_ranks))
+        return train(model, objective, tensors, {"targets": 1 / (own * plan.data_ranks)})
 
     with replaced(step, "train_micro_batches", divided):
         yield

@@ -58,6 +58,39 @@ def test_plans_train_as_one_process_does(family, keys, training, workers, count,
         assert outcome.passed, f"{verify.in_words(outcome.plan)}: {outcome}"
 
 
+# Objective, adapter, workers, plans.
+FINE_TUNING = [
+    ({"kind": "sft"}, {"rank": 4}, 4, 5),
+    ({"kind": "dpo", "loss": {"sigmoid": 1.0, "sft": 0.3}}, None, 4, 4),
+    (
+        {"kind": "dpo"},
+        {"rank": 4, "dora": True, "targets": ["q_proj", "o_proj", "down_proj"]},
+        4,
+        5,
+    ),
+    ({"kind": "kto"}, {"rank": 4, "init": "pissa"}, 2, 2),
+    ({"kind": "simpo"}, {"rank": 4, "quantise": "int8", "dropout": 0.1}, 2, 2),
+    ({"kind": "orpo"}, {"rank": 4, "quantise": "nf4", "train_also": ["lm_head"]}, 2, 2),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("objective", "adapter", "workers", "count"),
+    FINE_TUNING,
+    ids=[f"{o['kind']} {'+'.join(map(str, a or ['whole']))}" for o, a, *_ in FINE_TUNING],
+)
+def test_fine_tuning_plans_train_as_one_process_does(
+    objective, adapter, workers, count, monkeypatch
+):
+    plain = recipe_of("llama").model_dump(exclude_unset=True)
+    recipe = Recipe.model_validate(plain | {"objective": objective, "adapter": adapter})
+    found = outcomes(recipe, config_of("llama"), workers, count, monkeypatch)
+    assert len(found) == count
+    for outcome in found:
+        assert outcome.passed, f"{verify.in_words(outcome.plan)}: {outcome}"
+
+
 def test_the_default_choice_has_every_dimension_and_schedule():
     recipe = load_recipe(QUICKSTART)
     legal = verify.legal_plans(verify.settings_of(recipe), verify.small_config(recipe), 8)

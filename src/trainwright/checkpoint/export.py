@@ -8,7 +8,8 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -64,36 +65,74 @@ def export_checkpoint(
     root, destination = Path(checkpoints), Path(destination).absolute()
     if dtype not in DTYPES:
         raise UserError(f"there is no dtype {dtype}", fix=f"choose one of {', '.join(DTYPES)}")
-    _refuse_to_replace(destination)
     manifest = integrity.open_manifest(root, step)
     damaged = integrity.verify_files(root, step, _model_files(manifest))
     if damaged:
         raise UserError(damaged)
     entries = _entries(step_directory(root, step), manifest, hf_config, DTYPES[dtype])
+    needed = sum(entry.bytes for entry in entries)
+    with new_export(destination, {"step": step, "dtype": dtype}, needed=needed) as beside:
+        _write_weights(beside, entries, shard_bytes)
+        write_companions(beside, hf_config, dtype, generation_config)
+        if tokenizer_directory is not None:
+            copy_tokenizer(Path(tokenizer_directory), beside)
+        write_atomically(beside / "README.md", card)
+    return destination
+
+
+@contextmanager
+def new_export(
+    destination: Path | str, about: Mapping[str, Any], *, needed: int | None = None
+) -> Iterator[Path]:
+    """A folder to write an export into, renamed to `destination` when all of it is there.
+
+    An earlier export there is replaced; `about` says what it is, `needed` how many bytes, if known.
+    Raises UserError where `destination` holds something else, and when the disk is full.
+    """
+    destination = Path(destination).absolute()
+    _refuse_to_replace(destination)
     beside = destination.with_name(f".{destination.name}.tmp")
     try:
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
-        _write_weights(beside, entries, shard_bytes)
-        write_json(beside / "config.json", _config(hf_config, DTYPES[dtype]))
-        write_json(beside / "generation_config.json", _generation(hf_config, generation_config))
-        if tokenizer_directory is not None:
-            _copy_tokenizer(Path(tokenizer_directory), beside)
-        write_atomically(beside / "README.md", card)
+        yield beside
         written = sorted(path.name for path in beside.iterdir())
-        write_json(beside / MARKER, {"step": step, "dtype": dtype, "files": [*written, MARKER]})
+        write_json(beside / MARKER, {**about, "files": [*written, MARKER]})
         _move_into_place(beside, destination)
     except OSError as error:
-        needed = sum(entry.bytes for entry in entries)
         free = shutil.disk_usage(_nearest_directory(destination)).free
+        size = "" if needed is None else f"it needs {size_text(needed)}, "
         raise UserError(
             f"the export could not be written to {destination}: {error.strerror or error} "
-            f"(it needs {size_text(needed)}, {size_text(free)} are free)",
+            f"({size}{size_text(free)} are free)",
             fix="free space there, or choose another destination",
         ) from error
     finally:
         shutil.rmtree(beside, ignore_errors=True)
-    return destination
+
+
+def write_companions(
+    directory: Path,
+    hf_config: Mapping[str, Any],
+    dtype: str,
+    generation_config: Mapping[str, Any] | None,
+) -> None:
+    """config.json and generation_config.json of a model in `dtype`."""
+    write_json(directory / "config.json", _config(hf_config, DTYPES[dtype]))
+    write_json(directory / "generation_config.json", _generation(hf_config, generation_config))
+
+
+def read_model_tensors(checkpoints: Path | str, step: int) -> dict[str, Tensor]:
+    """What a checkpoint holds of its model, whole, by name. UserError where it is damaged."""
+    root = Path(checkpoints)
+    manifest = integrity.open_manifest(root, step)
+    damaged = integrity.verify_files(root, step, _model_files(manifest))
+    if damaged:
+        raise UserError(damaged)
+    directory = step_directory(root, step)
+    return {
+        name: read_tensor(directory, tensor) for name, tensor in _model_tensors(manifest).items()
+    }
 
 
 def model_card(
@@ -260,7 +299,8 @@ def _generation(
     }
 
 
-def _copy_tokenizer(source: Path, target: Path) -> None:
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """A run's or model's tokenizer, its chat template too. UserError where there is none."""
     found = [source / name for name in TOKENIZER_FILES if (source / name).is_file()]
     if not found:
         raise UserError(Mistake("there is no tokenizer to export", "restore it", where=str(source)))

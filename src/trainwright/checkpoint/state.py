@@ -21,6 +21,7 @@ from trainwright.checkpoint.rng import restore_rng, rng_state, seed_everything
 from trainwright.checkpoint.store import CheckpointStore
 from trainwright.comm.local import local
 from trainwright.errors import Mistake, UserError
+from trainwright.models.adapter_spec import is_adapter_tensor
 from trainwright.models.pieces import Piece
 
 State = dict[str, Tensor | Part]
@@ -133,13 +134,20 @@ def _placed(tensor: Tensor, piece: Piece | None) -> Tensor | Part:
 
 
 def _named_tensors(model: Modules) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter and persistent buffer by its name, the first of those that share one."""
+    """Every parameter and persistent buffer by its name, the first of those that share one.
+
+    Of a model with an adapter only what is trained, and the adapter: its base stays where it is.
+    """
     seen: set[int | str] = set()
-    for module in [model] if isinstance(model, nn.Module) else model:
+    modules = [model] if isinstance(model, nn.Module) else list(model)
+    adapted = any(is_adapter_tensor(n) for module in modules for n, _ in module.named_parameters())
+    for module in modules:
         # FSDP's `state_dict` gives shards also of weights that a forward pass has left whole.
         for name, tensor in module.state_dict(keep_vars=True).items():
             for wrapper in _WRAPPERS:
                 name = name.replace(wrapper, "")
+            if adapted and not (tensor.requires_grad or is_adapter_tensor(name)):
+                continue
             if isinstance(tensor, Tensor) and seen.isdisjoint((id(tensor), name)):
                 seen.update((id(tensor), name))
                 yield name, tensor

@@ -25,14 +25,21 @@ def export(
     dtype: Annotated[
         str | None, typer.Option(help="fp32, bf16 or fp16; default the recipe's.")
     ] = None,
+    merge: Annotated[
+        bool | None,
+        typer.Option("--merge/--adapter", help="Of a run with an adapter: the whole model."),
+    ] = None,
 ) -> None:
     """Write a run's model in Hugging Face's layout: config, weights, tokenizer, model card."""
     from trainwright.training.artifacts import export_run
 
-    written = export_run(run, destination, step=step, dtype=dtype)
+    written = export_run(run, destination, step=step, dtype=dtype, merge=merge)
     size = sum(file.stat().st_size for file in written.rglob("*") if file.is_file())
     typer.echo(f"{written} ({size / 1e6:,.1f} MB)")
-    typer.echo(f'  transformers.AutoModelForCausalLM.from_pretrained("{written}")')
+    if (written / "adapter_config.json").is_file():
+        typer.echo(f'  peft.PeftModel.from_pretrained(model, "{written}")')
+    else:
+        typer.echo(f'  transformers.AutoModelForCausalLM.from_pretrained("{written}")')
 
 
 export.__doc__ = f"{export.__doc__}\n{EXAMPLE}"

@@ -1,27 +1,39 @@
-"""Next-token prediction: the sum of −log p(target) over all trained positions.
-
-An objective returns a sum and leaves the division to the trainer, which divides by the weight of
-the whole global batch: accumulation, packing and masking are then exact by construction.
-"""
+"""Cross entropy of the next token: of all of a text, or of the answers that are trained."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from trainwright.kernels.cross_entropy import IGNORED, linear_cross_entropy
+from trainwright.data.batches import Batch
+from trainwright.kernels.cross_entropy import linear_cross_entropy
+from trainwright.objectives.objective import Sums, Tensors, call
 
 
-def next_token_loss(model: nn.Module, batch: Mapping[str, Tensor | None]) -> tuple[Tensor, Tensor]:
-    """(loss sum in fp32, number of trained targets) of a micro-batch, both scalars on the device.
+class NextToken:
+    """The mean of −log p(target) over all trained positions."""
+
+    needs_reference = False
+    terms = ("targets",)
+    figures: tuple[str, ...] = ()
+
+    def weights(self, batch: Batch) -> dict[str, int]:
+        """Trained targets."""
+        return {"targets": batch.weight}
+
+    def __call__(self, model: nn.Module, batch: Tensors) -> tuple[Sums, Sums]:
+        """The loss sum in fp32, and no figures."""
+        return {"targets": next_token_loss(model, batch)}, {}
+
+
+def next_token_loss(model: nn.Module, batch: Tensors) -> Tensor:
+    """The sum of −log p(target) over a micro-batch, a scalar in fp32 on the device.
 
     `batch` holds `input_ids`, `labels` (already shifted, -100 = not trained) and `position_ids`
     [rows, sequence], and `segment_ids` of the same shape or None; `token_keys`, if any, are for
-    the model's dropout. The loss is taken inside the
-    model's forward, where a sharded head is whole.
+    the model's dropout. The loss is taken inside the model's forward, where a sharded head is
+    whole.
     """
     labels = batch["labels"]
     assert labels is not None
@@ -37,12 +49,5 @@ def next_token_loss(model: nn.Module, batch: Mapping[str, Tensor | None]) -> tup
             group=head.group,
         )
 
-    keys = batch.get("token_keys")
-    loss = model(
-        batch["input_ids"],
-        position_ids=batch["position_ids"],
-        segment_ids=batch["segment_ids"],
-        head=loss_of,
-        **({} if keys is None else {"token_keys": keys}),
-    )
-    return loss, torch.count_nonzero(labels != IGNORED)
+    loss: Tensor = call(model, batch, loss_of)
+    return loss

@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainwright.comm.collectives import gather, scatter_sum, sum_backward, sum_forward
+from trainwright.models.adapted import Adapted
+from trainwright.models.adapted_linear import AdaptedProduct
 from trainwright.models.attention import Attention
 from trainwright.models.decoder import Block, Decoder
 from trainwright.models.latent_attention import LatentAttention
@@ -27,6 +29,7 @@ from trainwright.models.mlp import GatedMLP
 from trainwright.models.moe import SparseMLP
 from trainwright.models.norm import RMSNorm
 from trainwright.models.pieces import Piece, whole_piece
+from trainwright.models.quantised import QuantisedLinear
 
 
 class CutStream:
@@ -55,6 +58,12 @@ class CutStream:
         if self.sequence:
             return scatter_sum(self._parts(branch), 0, self.group)
         return sum_forward(branch, self.group)
+
+    def summed(self, values: Tensor) -> Tensor:
+        """The sum of every worker's values, without gradients."""
+        total = values.detach().clone()
+        dist.all_reduce(total, group=self.group)
+        return total
 
     def own(self, tokens: Tensor) -> Tensor:
         """This worker's part of what there is for each token [batch, sequence, …]."""
@@ -155,6 +164,10 @@ def cut_gated(
         _cut_rows(model, f"{prefix}.down_proj", module.down_proj, stream)
     else:
         _cut(model, f"{prefix}.down_proj.weight", 1, stream)
+        for name in _present(module.down_proj, "lora_A.weight", "start_A.weight"):
+            _cut(model, f"{prefix}.down_proj.{name}", 1, stream)
+        if isinstance(module.down_proj, Adapted):
+            module.down_proj.sum_squares = stream.summed
 
 
 def _cut_latent(model: Decoder, prefix: str, module: nn.Module, stream: CutStream) -> None:
@@ -195,6 +208,9 @@ def cut_parameter(model: Decoder, name: str, dim: int, axis: str, index: int, wo
     """Leave of a parameter on meta the `index`-th of `workers` equal parts along `dim`."""
     owner_name, _, own_name = name.rpartition(".")
     owner = model.get_submodule(owner_name)
+    if isinstance(owner, QuantisedLinear) and own_name == "weight":
+        owner.cut(dim, index, workers)  # packed: each worker unpacks what is its own
+        return
     parameter = getattr(owner, own_name)
     before = model.pieces.get(name) or whole_piece(parameter.shape)
     size, rest = divmod(parameter.shape[dim], workers)
@@ -218,36 +234,63 @@ def _cut_columns(model: Decoder, prefix: str, linear: nn.Linear, stream: CutStre
     _cut(model, f"{prefix}.weight", 0, stream)
     if linear.bias is not None:
         _cut(model, f"{prefix}.bias", 0, stream)
-    linear.out_features = linear.weight.shape[0]
+    for name in _present(linear, "lora_B.weight", "start_B.weight", "lora_magnitude_vector"):
+        _cut(model, f"{prefix}.{name}", 0, stream)
+    if not isinstance(linear, QuantisedLinear):
+        linear.out_features = linear.weight.shape[0]
 
 
 def _cut_rows(model: Decoder, prefix: str, linear: nn.Linear, stream: CutStream) -> None:
     """Each worker takes some of the inputs (row-parallel); the outputs are summed on leaving."""
     _cut(model, f"{prefix}.weight", 1, stream)
-    linear.in_features = linear.weight.shape[1]
-    product = linear.forward
-    bias = linear.bias is not None
+    for name in _present(linear, "lora_A.weight", "start_A.weight"):
+        _cut(model, f"{prefix}.{name}", 1, stream)
+    if not isinstance(linear, QuantisedLinear):
+        linear.in_features = linear.weight.shape[1]
+    if isinstance(linear, Adapted):
+        linear.sum_squares = stream.summed
+    product = _without_bias(linear)
 
     def forward(x: Tensor) -> Tensor:
-        if not bias:
-            return stream.leave(product(x))
+        total = stream.leave(product(x))
         # Added once, to the sum, and not by every worker; in its type, as the product would.
-        total = stream.leave(F.linear(x, linear.weight))
-        return total + linear.bias.to(total.dtype)
+        return total if linear.bias is None else total + linear.bias.to(total.dtype)
 
     _replace_forward(linear, forward)
 
 
-def _take_rows(linear: nn.Linear, rows: Tensor) -> None:
+def _present(module: nn.Module, *names: str) -> list[str]:
+    """Those of the adapter's parameters that the layer has."""
+    own = dict(module.named_parameters())
+    return [name for name in names if name in own]
+
+
+def _without_bias(linear: Any) -> Callable[[Tensor], Tensor]:
+    """The layer's product, adapters included."""
+    if linear.bias is None:
+        return linear.forward  # type: ignore[no-any-return]
+    if isinstance(linear, AdaptedProduct):
+        return linear.unbiased
+    if isinstance(linear, QuantisedLinear):
+        return lambda x: linear.base_product(x, None)
+    return lambda x: F.linear(x, linear.weight)
+
+
+def _take_rows(linear: Any, rows: Tensor) -> None:
     """Use only these rows of a matrix that several projections share.
 
     They do not lie together, so the matrix stays whole on every worker.
     """
+    if isinstance(linear, AdaptedProduct):
+        linear.chosen = rows
+        return
 
     def forward(x: Tensor) -> Tensor:
         own = rows.to(x.device)
         bias = None if linear.bias is None else linear.bias[own]
-        return F.linear(x, linear.weight[own], bias)
+        quantised = isinstance(linear, QuantisedLinear)
+        weight = linear.dequantised(x.dtype) if quantised else linear.weight
+        return F.linear(x, weight[own], bias)
 
     _replace_forward(linear, forward)
 
@@ -281,17 +324,22 @@ def _share_norm(model: Decoder, prefix: str, norm: RMSNorm, stream: CutStream) -
 def _cut_embedding(model: Decoder, embedding: nn.Embedding, stream: CutStream) -> None:
     """Each worker knows some of the tokens; the others' embeddings are zero to it."""
     _cut(model, "model.embed_tokens.weight", 0, stream)
+    for name in _present(embedding, "lora_embedding_A"):
+        _cut(model, f"model.embed_tokens.{name}", 1, stream)
+    if isinstance(embedding, Adapted):
+        embedding.sum_squares = stream.summed
     rows = embedding.weight.shape[0]
     first, padding = stream.index * rows, embedding.padding_idx
     embedding.num_embeddings = rows
     if padding is not None:
         padding = padding % (rows * stream.workers) - first
-        padding = padding if 0 <= padding < rows else None
+        embedding.padding_idx = padding if 0 <= padding < rows else None
+    find = embedding.forward
 
     def forward(input_ids: Tensor) -> Tensor:
         own = input_ids - first
         here = (own >= 0) & (own < rows)
-        found = F.embedding(own.clamp(0, rows - 1), embedding.weight, padding)
+        found = find(own.clamp(0, rows - 1))
         return stream.leave(found * here.unsqueeze(-1))
 
     _replace_forward(embedding, forward)

@@ -21,7 +21,7 @@ from trainwright.planner.plan import (
     ScheduleName,
 )
 from trainwright.planner.schedules import SCHEDULES
-from trainwright.recipe.schema import Parallel, Training
+from trainwright.recipe.schema import Adapter, Objective, Parallel, Training
 
 DEGREES = ("pp", "dp_replicate", "dp_shard", "cp", "tp")  # their product is the world
 AXES = (*DEGREES, "ep")
@@ -50,6 +50,9 @@ class Candidate:
     recompute: Recompute = "none"
     recompute_by_stage: tuple[Recompute, ...] = ()
     dropout: float = 0.0
+    neftune_alpha: float = 0.0
+    adapter: Adapter | None = None
+    keeps_originals: bool = False  # whether the model is also used as it was, without its adapter
     compile: Literal["auto"] | bool = "auto"
     precision: Precision = "bf16"
     optimizer: str = "adamw"
@@ -178,6 +181,8 @@ def candidate_of(
     device: Literal["cpu", "cuda"] | None = None,
     has_float8: bool | None = None,
     has_compiler: bool | None = None,
+    adapter: Adapter | None = None,
+    objective: Objective | None = None,
 ) -> Candidate:
     """What a recipe asks for, on `world` workers; None asks for the fewest that could do."""
     given = {"dp_replicate": parallel.dp_replicate, "dp_shard": parallel.dp_shard}
@@ -214,6 +219,9 @@ def candidate_of(
             recompute=training.recompute,
             recompute_by_stage=tuple(parallel.recompute_by_stage or ()),
             dropout=training.dropout,
+            neftune_alpha=training.neftune_alpha,
+            adapter=adapter,
+            keeps_originals=objective is not None and objective.needs_reference,
             compile=training.compile,
             precision=training.precision,
             optimizer=optimizer,

@@ -128,6 +128,8 @@ def check_sequence_length(draft: Draft) -> Iterator[Mistake]:
     if draft.model is None or draft.data is None:
         return
     length = draft.data.sequence_length
+    if draft.objective is not None:  # a row holds all of an example's sequences
+        length //= draft.objective.sequences
     if draft.model.family is not None:
         config = known_config(draft.model, draft.tokenizer)
         most = config.max_positions if config is not None else None
@@ -146,11 +148,12 @@ def check_sources(draft: Draft) -> Iterator[Mistake]:
     """Files that are missing, empty or not what they are said to be."""
     if draft.data is None:
         return
+    examples = draft.objective is not None and draft.objective.kind != "next_token"
     for index, source in enumerate(draft.data.sources):
-        yield from check_source(source, f"data.sources.{index}")
+        yield from check_source(source, f"data.sources.{index}", examples=examples)
     if isinstance(draft.data.validation, list):
         for index, source in enumerate(draft.data.validation):
-            yield from check_source(source, f"data.validation.{index}")
+            yield from check_source(source, f"data.validation.{index}", examples=examples)
 
 
 def check_layout(draft: Draft) -> Iterator[Mistake]:
@@ -176,6 +179,8 @@ def check_layout(draft: Draft) -> Iterator[Mistake]:
         sequence_length=data.sequence_length if data is not None else None,
         model=config,
         native=native,
+        adapter=draft.adapter,
+        objective=draft.objective,
     )
     yield from legality_mistakes(candidate)
 

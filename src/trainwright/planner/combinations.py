@@ -12,6 +12,7 @@ from trainwright.planner.layout import divisors, split_layers
 from trainwright.planner.legality import is_legal
 from trainwright.planner.plan import ContextMethod, Plan, Recompute, ScheduleName
 from trainwright.planner.schedules import SCHEDULES
+from trainwright.recipe.schema import Adapter, Objective
 
 _RECOMPUTES: tuple[Recompute, ...] = ("none", "full", "selective")
 _METHODS: tuple[ContextMethod, ...] = ("ring", "all_gather", "ulysses")
@@ -31,6 +32,8 @@ def enumerate_plans(
     *,
     sequence_length: int,
     batch_sequences: int,
+    adapter: Adapter | None = None,
+    objective: Objective | None = None,
 ) -> list[Plan]:
     """All legal plans on exactly `world_size` workers: degrees, ZeRO stages, schedules, methods.
 
@@ -68,6 +71,8 @@ def enumerate_plans(
                 device="cpu",
                 model=config,
                 native=True,
+                adapter=adapter,
+                keeps_originals=objective is not None and objective.needs_reference,
             )
             rows = candidate.own_rows
             if rows is None:

@@ -28,6 +28,23 @@ def widths(model: Any) -> list[tuple[str, int]]:
     return widths
 
 
+def blocks_fit(c: Candidate) -> bool:
+    """Whether tp cuts what is quantised to 4 bits between blocks of 64 values."""
+    if c.tp == 1 or c.model is None or c.adapter is None or c.adapter.quantise != "nf4":
+        return True
+    model, across = c.model, [c.model.num_heads * c.model.head_dim]
+    across += [width for _, width in widths(model)]
+    return model.hidden_size % 64 == 0 and all(size % (64 * c.tp) == 0 for size in across)
+
+
+def embeds_twice(c: Candidate) -> bool:
+    """Whether an adapter is on an embedding that two stages of a pipeline have."""
+    if c.pp == 1 or c.adapter is None or c.model is None or not c.model.tied_embeddings:
+        return False
+    named = [*([] if isinstance(c.adapter.targets, str) else c.adapter.targets)]
+    return any(name.endswith("embed_tokens") for name in [*named, *c.adapter.train_also])
+
+
 def kv_heads_fit(c: Candidate) -> bool:
     return c.model is None or c.model.num_kv_heads % c.tp == 0 or c.tp % c.model.num_kv_heads == 0
 

@@ -25,6 +25,7 @@ _DISTANCES = {
     "optimizer": 2.0,
     "precision": 3.0,
     "dropout": 3.0,
+    "neftune_alpha": 3.0,
     "router_keys": 3.0,
 }
 _FIELDS = (*DEGREES, "ep", *_DISTANCES, "sequence_length", "rows", "micro_batch")
@@ -36,12 +37,14 @@ _LEFT_OUT: dict[str, Any] = {
     "stage_layers": (),
     "recompute_by_stage": (),
     "dropout": 0.0,
+    "neftune_alpha": 0.0,
 }
 _SECTIONS = {
     "recompute": "training",
     "compile": "training",
     "precision": "training",
     "dropout": "training",
+    "neftune_alpha": "training",
     "sequence_length": "data",
 }
 

@@ -59,6 +59,8 @@ def make_plan(
         device=machine.device_kind,
         has_float8=machine.has_float8,
         has_compiler=machine.can_compile,
+        adapter=recipe.adapter,
+        objective=recipe.objective,
     )
     mistakes = [*batch_tokens_mistakes(recipe.training, recipe.data), *legality_mistakes(candidate)]
     if mistakes:
@@ -71,10 +73,10 @@ def make_plan(
         activation_offload=recipe.training.activation_offload,
     )
     if micro is None:
-        most = _most_rows(plan, machine, config, rows)
+        most = _most_rows(plan, machine, config, rows, candidate)
         micro = max(n for n in divisors(rows) if n <= most)
     elif config is not None:
-        _room(plan, machine, config)
+        _room(plan, machine, config, candidate)
     return replace(plan, micro_batch=micro, accumulation=rows // micro)
 
 
@@ -151,11 +153,19 @@ def _too_many(asked: int, machine: Machine) -> Mistake:
     )
 
 
-def _room(plan: Plan, machine: Machine, config: DecoderConfig) -> float:
+def _room(plan: Plan, machine: Machine, config: DecoderConfig, candidate: Candidate) -> float:
     """Bytes that a worker has for activations. Raises `UserError` where not even states fit."""
     on_cpu = machine.device_kind == "cpu"
     own = machine.memory_bytes / (plan.world_size if on_cpu else 1)
-    states = memory.state_bytes(config, plan).total
+    adapter, fix = candidate.adapter, ", or `optimizer: adamw-8bit`"
+    if adapter is not None:
+        states = memory.adapted_state_bytes(config, plan, adapter)
+        fix = ", or `adapter.quantise: nf4`" if adapter.quantise == "none" else ""
+    else:
+        states = memory.state_bytes(config, plan).total
+        if candidate.keeps_originals:
+            states += memory.reference_bytes(config, plan)
+            fix = ", or an `adapter`, without which the model is its own reference"
     if states > own:
         where = "worker" if on_cpu else "GPU"
         raise UserError(
@@ -165,16 +175,18 @@ def _room(plan: Plan, machine: Machine, config: DecoderConfig) -> float:
                 "choose a smaller model, "
                 + ("fewer workers" if on_cpu and plan.dp_shard == 1 else "more workers")
                 + (" with `dp_shard`" if plan.dp_shard > 1 or not on_cpu else "")
-                + ", or `optimizer: adamw-8bit`",
+                + fix,
                 key="model",
             )
         )
     return own * _MEMORY_SHARE - states - memory.head_bytes(config, plan)
 
 
-def _most_rows(plan: Plan, machine: Machine, config: DecoderConfig | None, rows: int) -> int:
+def _most_rows(
+    plan: Plan, machine: Machine, config: DecoderConfig | None, rows: int, candidate: Candidate
+) -> int:
     """Rows of a micro-batch that fit and keep a pipeline busy; at least 1."""
-    room = None if config is None else _room(plan, machine, config)
+    room = None if config is None else _room(plan, machine, config, candidate)
     most = float("inf")
     if config is None or room is None or machine.device_kind == "cpu":
         most = min(_CPU_MOST_ROWS, max(1, _MOST_TOKENS // plan.sequence_length))

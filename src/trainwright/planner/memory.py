@@ -12,6 +12,7 @@ from trainwright.models.families import DecoderConfig
 from trainwright.planner.parameters import Weight, layers_of, stage_weights, stages_of
 from trainwright.planner.plan import Plan, Recompute
 from trainwright.planner.schedules import make_schedule
+from trainwright.recipe.schema import Adapter
 
 # Of the stream and of weights that are gathered; float8 is made within each product.
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "float8": 2}
@@ -80,6 +81,37 @@ def state_bytes(config: DecoderConfig, plan: Plan, pp_rank: int | None = None) -
         narrow=narrow,
         host=host,
     )
+
+
+def adapted_state_bytes(config: DecoderConfig, plan: Plan, adapter: Adapter) -> float:
+    """States of the fullest worker where an adapter is trained on a model that stays as it is.
+
+    Every matrix of the blocks is counted as having one, and all of `train_also` as embeddings: a
+    little more than there is where fewer are meant.
+    """
+    quantised = {"none": _FP32, "int8": 1.02, "nf4": 0.52}[adapter.quantise]
+    a_value = 2 * _FP32 + _OPTIMIZER_BYTES[plan.optimizer]
+    most = 0.0
+    for pp_rank in range(plan.pp):
+        base = trained = 0.0
+        for stage in stages_of(plan, pp_rank):
+            for weight in (each for group in stage_weights(config, plan, stage) for each in group):
+                matrix = weight.group == "block" and len(weight.shape) == 2
+                base += weight.shard(plan) * (quantised if matrix else _FP32)
+                if matrix:
+                    trained += adapter.rank * sum(weight.local(plan)) / weight.shards(plan)
+                elif weight.group == "outer" and len(weight.shape) == 2:
+                    trained += weight.shard(plan) * min(1, len(adapter.train_also))
+        narrow = 0.0
+        if plan.dp_shard == 1 and plan.precision != "fp32" and adapter.quantise == "none":
+            narrow = base * ELEMENT_BYTES[plan.precision] / _FP32
+        most = max(most, base + narrow + a_value * trained)
+    return most
+
+
+def reference_bytes(config: DecoderConfig, plan: Plan) -> float:
+    """A second model that answers are compared with, on the fullest worker."""
+    return state_bytes(config, plan).parameters
 
 
 def activation_bytes(config: DecoderConfig, plan: Plan, pp_rank: int | None = None) -> float:

@@ -25,6 +25,7 @@ from trainwright.planner.rules import RULES
 from trainwright.planner.schedules import SCHEDULES
 from trainwright.planner.traffic import traffic_bytes
 from trainwright.recipe.presets import PRESETS
+from trainwright.recipe.schema import Adapter
 
 # What a recipe may ask for, by the words of the table: fields of a candidate.
 _FEATURES: dict[str, dict[str, Any]] = {
@@ -44,6 +45,9 @@ _FEATURES: dict[str, dict[str, Any]] = {
     "`offload: parameters`": {"dp_shard": 2, "offload": "parameters"},
     "`dropout`": {"dropout": 0.1},
     "`adamw-8bit`": {"optimizer": "adamw-8bit"},
+    "`adapter`": {"adapter": Adapter()},
+    "`adapter` with dropout": {"adapter": Adapter(dropout=0.1)},
+    "`adapter`, `quantise: nf4`": {"adapter": Adapter(quantise="nf4")},
     "float8": {"precision": "float8", "device": "cuda"},
     "families without a decoder of ours": {"native": False, "model": None},
 }

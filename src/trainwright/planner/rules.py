@@ -12,8 +12,10 @@ from dataclasses import dataclass
 
 from trainwright.planner.candidate import Candidate
 from trainwright.planner.conditions import (
+    blocks_fit,
     cuts,
     data_ranks_in_words,
+    embeds_twice,
     has_budget,
     kv_heads_fit,
     own_heads,
@@ -95,6 +97,61 @@ RULES: tuple[Rule, ...] = (
         lambda c: c.native is not False or c.dropout == 0,
         lambda c: "this model runs by transformers' own class, which has no such dropout",
         other_values(dropout=0.0),
+    ),
+    Rule(
+        "own-decoder-noise",
+        ("training.neftune_alpha",),
+        "noise on embeddings that does not depend on the layout is part of our own decoder",
+        lambda c: c.native is not False or c.neftune_alpha == 0,
+        lambda c: "this model runs by transformers' own class, which has no such noise",
+        other_values(neftune_alpha=0.0),
+    ),
+    Rule(
+        "adapter-dropout",
+        ("adapter.dropout", "parallel.tp"),
+        "what an adapter drops of its inputs is decided token by token, and tp's workers have "
+        "parts of the tokens, or of their channels",
+        lambda c: c.tp == 1 or c.adapter is None or c.adapter.dropout == 0,
+        lambda c: f"adapters with dropout do not go with tp {c.tp}",
+        degrees("tp"),
+        hint="or write `adapter.dropout: 0`",
+    ),
+    Rule(
+        "adapter-copies",
+        ("adapter.train_also", "parallel.tp"),
+        "a reference keeps whole copies of layers that are trained beside the adapter, and tp cuts "
+        "those layers",
+        lambda c: (
+            c.tp == 1 or c.adapter is None or not (c.keeps_originals and c.adapter.train_also)
+        ),
+        lambda c: f"copies of layers for the reference do not go with tp {c.tp}",
+        degrees("tp"),
+    ),
+    Rule(
+        "adapter-tied",
+        ("adapter.targets", "parallel.pp"),
+        "the first and the last stage of a pipeline would each have an adapter of the embedding "
+        "that they share",
+        lambda c: not embeds_twice(c),
+        lambda c: "an adapter on tied embeddings does not go with a pipeline",
+        degrees("pp"),
+    ),
+    Rule(
+        "adapter-float8",
+        ("training.precision", "adapter"),
+        "products in float8 are made of the layers' own weights, and adapters change the layers",
+        lambda c: c.adapter is None or c.precision != "float8",
+        lambda c: "adapters do not go with float8",
+        other_values(precision="bf16"),
+    ),
+    Rule(
+        "quantised-blocks",
+        ("adapter.quantise", "parallel.tp"),
+        "NF4 scales blocks of 64 values of a row together, and tp must not cut a block in two",
+        blocks_fit,
+        lambda c: f"tp {c.tp} would cut blocks of 64 values in two",
+        degrees("tp"),
+        hint="or write `adapter.quantise: int8`",
     ),
     Rule(
         "tensor-heads",

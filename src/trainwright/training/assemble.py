@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import partial
+from pathlib import Path
 
 import torch
 
 from trainwright.checkpoint.state import State, load_training_state, training_tensors
 from trainwright.checkpoint.store import CheckpointStore
 from trainwright.data.prepare import open_data
-from trainwright.models.decoder import Decoder, Span
+from trainwright.models.decoder import Span
 from trainwright.models.fallback import load_fallback
 from trainwright.models.families import FAMILIES, decoder_config
-from trainwright.models.weights import initialise, load_weights, new_model
-from trainwright.objectives.next_token import next_token_loss
+from trainwright.models.weights import new_model
+from trainwright.objectives.build import build_objective
 from trainwright.optim.optimizers import build_optimizers
 from trainwright.parallel.precision import COMPUTE_DTYPES
 from trainwright.parallel.spread import Model, SpreadModel, spread
@@ -22,18 +27,24 @@ from trainwright.parallel.whole_matrices import WholePieces
 from trainwright.parallel.world import World
 from trainwright.planner.plan import Plan
 from trainwright.planner.shapes import flops_per_token, parameter_count
+from trainwright.recipe.schema import Adapter, ModelSection, Recipe
 from trainwright.recipe.schema import Optimizer as OptimizerSection
-from trainwright.recipe.schema import Recipe
+from trainwright.training.adapting import (
+    adapt,
+    fill,
+    fill_adapter_alone,
+    rate_factors,
+    without_adapters,
+)
 from trainwright.training.calibrate import peak_flops
 from trainwright.training.hooks import CheckpointHook, EvaluationHook, MetricsHook
 from trainwright.training.loop import Hook, Trainer
 from trainwright.training.metrics import MetricsWriter
 from trainwright.training.prepare import pretrained_directory, total_steps
 from trainwright.training.progress import Progress
+from trainwright.training.reference import Reference
 from trainwright.training.run_directory import RunDirectory
 from trainwright.training.step import TrainStep
-
-OBJECTIVES = {"next_token": next_token_loss}
 
 
 @dataclass
@@ -60,25 +71,62 @@ class Assembled:
 
 def build_model(run: RunDirectory, recipe: Recipe, plan: Plan, world: World) -> SpreadModel:
     """The recipe's model, its initial weights in place, spread as the plan says."""
+    directory = pretrained_directory(recipe.model)
+    return _built(run.read_model_config(), directory, recipe, plan, world)
+
+
+def build_reference(
+    run: RunDirectory, recipe: Recipe, plan: Plan, world: World, policy: SpreadModel
+) -> Reference:
+    """What `policy` is compared with: itself without its adapter, or a second model, not trained.
+
+    That is the one which the recipe names, or the policy's own beginning.
+    """
+    if recipe.adapter is not None and recipe.objective.reference is None:
+        return Reference(policy, partial(without_adapters, policy.parts))
     hf_config = run.read_model_config()
     directory = pretrained_directory(recipe.model)
+    if recipe.objective.reference is not None:
+        section = ModelSection(path=recipe.objective.reference)
+        directory = pretrained_directory(section)
+        assert directory is not None
+        hf_config = json.loads((directory / "config.json").read_text())
+    spread_model = _built(hf_config, directory, recipe, plan, world, trained=False)
+    spread_model.train(False)
+    return Reference(spread_model)
+
+
+def _built(
+    hf_config: dict,
+    directory: Path | None,
+    recipe: Recipe,
+    plan: Plan,
+    world: World,
+    *,
+    trained: bool = True,
+) -> SpreadModel:
+    adapter = recipe.adapter if trained else None
+    keeps = recipe.objective.needs_reference and recipe.objective.reference is None
 
     def build(span: Span | None) -> Model:
         if hf_config["model_type"] in FAMILIES:
-            return new_model(decoder_config(hf_config), device="meta", span=span)
+            decoder = new_model(decoder_config(hf_config), device="meta", span=span)
+            adapt(decoder, adapter, keep_originals=keeps)
+            freeze(decoder, recipe.training.freeze if trained else ["*"])
+            return decoder
         assert directory is not None
         model = load_fallback(directory, trust_remote_code=recipe.model.trust_remote_code)
-        model.require(torch.device("cpu"), packing=recipe.data.packing != "none")
+        model.require(torch.device("cpu"), packing=recipe.packing != "none")
+        if adapter is not None:
+            adapt(model, adapter, keep_originals=keeps)
+            fill_adapter_alone(model, adapter, directory, recipe.seed)
+        freeze(model, recipe.training.freeze if trained else ["*"])
         return model
 
-    def fill(model: Model) -> None:
-        if directory is None:
-            assert isinstance(model, Decoder)
-            initialise(model, recipe.seed)
-        else:
-            load_weights(model, directory)
+    def write(model: Model) -> None:
+        fill(model, adapter, directory, recipe.seed)
 
-    return spread(build, plan, world, fill)
+    return spread(build, plan, world, write)
 
 
 def assemble(run: RunDirectory, world: World) -> Assembled:
@@ -88,14 +136,18 @@ def assemble(run: RunDirectory, world: World) -> Assembled:
     data = open_data(run.path)
     steps = total_steps(recipe, data.train)
     spread_model = build_model(run, recipe, plan, world)
-    optimizers = build_all_optimizers(spread_model, recipe.optimizer)
-    objective = OBJECTIVES[recipe.objective.kind]
+    optimizers = build_all_optimizers(spread_model, recipe.optimizer, recipe.adapter)
+    objective = build_objective(recipe.objective, spread_model.mesh.group("cp"))
+    reference = None
+    if objective.needs_reference:
+        reference = build_reference(run, recipe, plan, world, spread_model)
     step = TrainStep(
         spread_model,
         optimizers,
         objective,
         recipe.training,
         seed=recipe.seed,
+        reference=reference,
     )
     store = CheckpointStore(
         run.checkpoints,
@@ -139,6 +191,7 @@ def assemble(run: RunDirectory, world: World) -> Assembled:
         data.validation,
         spread_model,
         objective,
+        reference,
         data.load_tokenizer,
         writer,
         progress,
@@ -166,8 +219,15 @@ def assemble(run: RunDirectory, world: World) -> Assembled:
     return Assembled(trainer, store, writer, progress, time.time())
 
 
+def freeze(model: Model, patterns: Sequence[str]) -> None:
+    """Leave parameters untrained whose names hold one of the patterns; `*` is anything."""
+    for name, parameter in model.named_parameters():
+        if any(fnmatchcase(name, f"*{pattern}*") for pattern in patterns):
+            parameter.requires_grad_(False)
+
+
 def build_all_optimizers(
-    spread_model: SpreadModel, section: OptimizerSection
+    spread_model: SpreadModel, section: OptimizerSection, adapter: Adapter | None = None
 ) -> list[torch.optim.Optimizer]:
     """Optimizers over all that this worker has of the model and trains."""
     return build_optimizers(
@@ -180,6 +240,7 @@ def build_all_optimizers(
         replicas=None if spread_model.sharded else spread_model.mesh.group("replicas"),
         whole=WholePieces(spread_model.named_parameters(), spread_model.pieces, spread_model.mesh),
         offload=spread_model.plan.offload == "optimizer",
+        factors=rate_factors(spread_model, adapter, section.learning_rate),
     )
 
 

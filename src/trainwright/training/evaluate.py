@@ -1,29 +1,37 @@
-"""Held-out loss and bits per byte, over all workers."""
+"""Held-out loss, its figures and bits per byte, over all workers."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 
-from trainwright.data.batches import Batches
+from trainwright.data.batches import Batch, Batches
+from trainwright.objectives.objective import Objective, Sums
 from trainwright.parallel.spread import SpreadModel
+from trainwright.parallel.world import World
 from trainwright.training.micro_batches import (
-    Objective,
     counts_losses,
+    counts_rows,
     score_micro_batches,
     to_tensors,
 )
+from trainwright.training.reference import Reference
 
 
 @dataclass(frozen=True)
 class HeldOutLoss:
-    """Mean loss over a held-out set's targets; bits per byte where the whole set was scored."""
+    """Mean loss over a held-out set; bits per byte where the whole of a plain text was scored.
+
+    `figures` are the objective's own, such as the share of pairs that are ranked right.
+    """
 
     loss: float
     targets: int
     bits_per_byte: float | None
+    figures: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def perplexity(self) -> float:
@@ -38,6 +46,7 @@ def held_out_loss(
     *,
     micro_batch: int,
     most_rows: int | None = None,
+    reference: Reference | None = None,
 ) -> HeldOutLoss:
     """Score `batches`, or its first `most_rows` rows, each worker its share. Collective.
 
@@ -50,28 +59,59 @@ def held_out_loss(
     at_once = max(1, spread.plan.stages)
     per_pass = micro_batch * mesh.size("data")
     starts = range(0, rows, per_pass)
-    total = torch.zeros(2, dtype=torch.float64)
+    totals = _Totals(objective)
     training = spread.training
     spread.train(False)
     try:
         for group in range(0, len(starts), at_once):
-            counted, tensors = [], []
+            counted: list[Batch | None] = []
+            tensors = []
             for start in starts[group : group + at_once]:
                 first = start + mesh.index("data") * micro_batch
                 own = range(first, min(first + micro_batch, rows))
                 batch = batches.read(own if len(own) else range(1))
-                counted.append(len(own) > 0)
+                counted.append(batch if len(own) else None)
                 tensors.append(to_tensors(batch, 0, micro_batch, spread, None))
+            if reference is not None:
+                reference.attach(objective, spread, tensors)
             scores = score_micro_batches(spread, objective, tensors)
-            for counts, (loss, targets) in zip(counted, scores, strict=True):
-                if counts and counts_losses(spread):
-                    total += torch.tensor([float(loss), float(targets)], dtype=torch.float64)
+            for of, scored in zip(counted, scores, strict=True):
+                if of is not None:
+                    totals.add(of, scored, spread)
     finally:
         spread.train(training)
-    loss_sum, targets = mesh.world.sum(total).tolist()
+    sums, weights = totals.shared(mesh.world)
+    first = max(1, weights[objective.terms[0]])
     whole = rows == batches.rows and batches.target_bytes > 0
     return HeldOutLoss(
-        loss=loss_sum / max(targets, 1),
-        targets=int(targets),
-        bits_per_byte=loss_sum / math.log(2) / batches.target_bytes if whole else None,
+        loss=sum(sums[name] / max(1, weight) for name, weight in weights.items()),
+        targets=weights["targets"],
+        bits_per_byte=sums["targets"] / math.log(2) / batches.target_bytes if whole else None,
+        figures={name: sums[name] / first for name in objective.figures},
     )
+
+
+class _Totals:
+    """Loss sums, figures and weights of this worker's rows."""
+
+    def __init__(self, objective: Objective) -> None:
+        self.objective = objective
+        self.sums: dict[str, float] = {}
+        self.weights: dict[str, int] = {}
+
+    def add(self, batch: Batch, scored: tuple[Sums, Sums] | None, spread: SpreadModel) -> None:
+        """Add a micro-batch: its weights where this worker speaks for them, sums where it can."""
+        for name, weight in self.objective.weights(batch).items():
+            self.weights[name] = self.weights.get(name, 0) + weight * counts_rows(spread)
+        if scored is not None and counts_losses(spread):
+            for name, each in (scored[0] | scored[1]).items():
+                self.sums[name] = self.sums.get(name, 0.0) + float(each)
+
+    def shared(self, world: World) -> tuple[dict[str, float], dict[str, int]]:
+        """Sums and weights over all workers. Collective."""
+        weights = [self.weights.get(name, 0) for name in self.objective.terms]
+        names = [*self.objective.terms, *self.objective.figures]
+        sums = [self.sums.get(name, 0.0) for name in names]
+        total = world.sum(torch.tensor([*weights, *sums], dtype=torch.float64)).tolist()
+        counted = dict(zip(self.objective.terms, map(int, total), strict=False))
+        return dict(zip(names, total[len(weights) :], strict=True)), counted

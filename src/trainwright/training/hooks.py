@@ -15,14 +15,15 @@ from trainwright.checkpoint.state import State
 from trainwright.checkpoint.store import CheckpointStore
 from trainwright.comm.meter import Meter
 from trainwright.data.batches import Batches
+from trainwright.objectives.objective import Objective
 from trainwright.parallel.spread import SpreadModel, force_eager
 from trainwright.recipe.schema import Recipe
 from trainwright.rollout.engine import generate
 from trainwright.rollout.sampling import SamplingParams
 from trainwright.training.evaluate import HeldOutLoss, held_out_loss
 from trainwright.training.metrics import MetricsWriter
-from trainwright.training.micro_batches import Objective
 from trainwright.training.progress import Progress
+from trainwright.training.reference import Reference
 from trainwright.training.step import StepStats
 
 
@@ -70,6 +71,7 @@ class MetricsHook:
             "time": time.time(),
         }
         record.update(stats.router)
+        record.update(stats.figures)
         if self.meter is not None:
             moved = self.meter.step()
             record["traffic"] = {name: traffic.record() for name, traffic in moved.items()}
@@ -101,12 +103,14 @@ class EvaluationHook:
         validation: dict[str, Batches],
         spread: SpreadModel,
         objective: Objective,
+        reference: Reference | None,
         tokenizer: Callable[[], object],
         writer: MetricsWriter | None,
         progress: Progress | None,
     ) -> None:
         self.recipe, self.every, self.total_steps = recipe, every, total_steps
         self.validation, self.spread, self.objective = validation, spread, objective
+        self.reference = reference
         self.plan, self.world = spread.plan, spread.mesh.world
         self.tokenizer = tokenizer
         self.writer, self.progress = writer, progress
@@ -121,6 +125,7 @@ class EvaluationHook:
         for name, batches in self.validation.items():
             result = self._score(batches, None if finished else rows)
             record = {"kind": "evaluation", "step": done, "name": name, **asdict(result)}
+            record.update(record.pop("figures"))
             if self.writer is not None and self.progress is not None:
                 self.writer.write(record)
                 self.progress.evaluation(record)
@@ -145,6 +150,7 @@ class EvaluationHook:
                 batches,
                 micro_batch=self.plan.micro_batch,
                 most_rows=most_rows,
+                reference=self.reference,
             )
 
     def _sample(self, done: int) -> None:

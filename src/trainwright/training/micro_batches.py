@@ -17,12 +17,10 @@ from torch import Tensor, nn
 from trainwright.data.batches import Batch
 from trainwright.kernels.dropout import token_keys
 from trainwright.models.decoder import Decoder
+from trainwright.objectives.objective import Objective, Sums, Tensors
 from trainwright.parallel.activation_offload import offloaded_activations
 from trainwright.parallel.precision import COMPUTE_DTYPES, autocast
 from trainwright.parallel.spread import SpreadModel
-
-Tensors = Mapping[str, Tensor | None]
-Objective = Callable[[nn.Module, Tensors], tuple[Tensor, Tensor]]
 
 
 def to_tensors(
@@ -32,7 +30,8 @@ def to_tensors(
 
     Where rows are cut over workers (context parallelism), input_ids, labels and token_keys are
     its columns; position_ids and segment_ids stay whole, for attention needs the others'. `keys`
-    are (seed, step, first row of the batch in the global one) where there is dropout.
+    are (seed, step, first row of the batch in the global one) where there is dropout. Of examples
+    there are also values, own_segments (as columns) and the number of segments, a scalar.
     """
     device = spread.mesh.world.device
 
@@ -47,6 +46,12 @@ def to_tensors(
         "token_keys": None,
     }
     rows, sequence = batch.input_ids[start:stop].shape
+    if batch.values is not None and batch.segment_ids is not None:  # examples
+        tensors["values"] = move(batch.values)
+        tensors["own_segments"] = tensors["segment_ids"]
+        # An even number, for examples of two sequences; on the host, lest a GPU be waited for.
+        most = int(batch.segment_ids[start:stop].max()) + 1
+        tensors["segments"] = torch.tensor(most + most % 2)
     if keys is not None:
         seed, step, first = keys
         numbers = torch.arange(first + start, first + start + rows, device=device)
@@ -55,30 +60,35 @@ def to_tensors(
     context = spread.context
     if context is not None:
         columns = context.slots(sequence, device)
-        for name in ("input_ids", "labels", "token_keys"):
-            tensor = tensors[name]
+        for name in ("input_ids", "labels", "token_keys", "own_segments"):
+            tensor = tensors.get(name)
             tensors[name] = None if tensor is None else tensor[:, columns]
     return tensors
 
 
 def train_micro_batches(
-    spread: SpreadModel, objective: Objective, micro_batches: Sequence[Tensors], scale: float
-) -> list[Tensor]:
-    """Forward and backward over all of them; each one's loss sum, detached, before `scale`.
+    spread: SpreadModel,
+    objective: Objective,
+    micro_batches: Sequence[Tensors],
+    scales: Mapping[str, float],
+) -> list[tuple[Sums, Sums]]:
+    """Forward and backward over all of them; each one's loss sums and figures, detached.
 
-    Zero where this worker does not compute it. `scale` multiplies losses for the backward pass.
+    Empty where this worker does not compute them. `scales` by weight are what the sums are
+    multiplied by for the backward pass.
     """
-    losses: list[Tensor] = [torch.zeros((), device=spread.mesh.world.device)] * len(micro_batches)
+    results: list[tuple[Sums, Sums]] = [({}, {})] * len(micro_batches)
 
     def forward(stage: int, number: int, hidden: Tensor | None) -> Tensor:
         part = spread.parts[spread.stages.index(stage)]
         runner = _Stage(part, hidden)
         with offloaded_activations(spread.plan.activation_offload), compute_context(spread):
-            loss, _ = objective(runner, micro_batches[number])  # type: ignore[arg-type]
+            found = objective(runner, micro_batches[number])  # type: ignore[arg-type]
         if runner.stream is not None:
             return runner.stream
-        losses[number] = loss.detach()
-        return loss * scale
+        sums, figures = found
+        results[number] = {name: each.detach() for name, each in sums.items()}, figures
+        return torch.stack([each * scales[name] for name, each in sums.items()]).sum()
 
     spread.begin_step()
     if spread.pipeline is None:
@@ -95,25 +105,30 @@ def train_micro_batches(
             before_last_backward=lambda stage: spread.before_backward(stage, last=True),
             after_weights=spread.after_weights,
         )
-    return losses
+    return results
 
 
 @torch.no_grad()
 def score_micro_batches(
-    spread: SpreadModel, objective: Objective, micro_batches: Sequence[Tensors]
-) -> list[tuple[Tensor, Tensor]]:
-    """Each micro-batch's (loss sum, weight), without a backward pass; zeros on other stages."""
-    zero = torch.zeros((), device=spread.mesh.world.device)
-    results = [(zero, zero)] * len(micro_batches)
+    spread: SpreadModel,
+    score: Callable[[nn.Module, Tensors], Any],
+    micro_batches: Sequence[Tensors],
+) -> list[Any]:
+    """What `score`, an objective or the like, makes of each, without a backward pass.
+
+    None on workers that have not the model's last stage.
+    """
+    results: list[Any] = [None] * len(micro_batches)
+    nothing = torch.zeros((), device=spread.mesh.world.device)
 
     def forward(stage: int, number: int, hidden: Tensor | None) -> Tensor:
         runner = _Stage(spread.parts[spread.stages.index(stage)], hidden)
         with compute_context(spread):
-            scored = objective(runner, micro_batches[number])  # type: ignore[arg-type]
+            scored = score(runner, micro_batches[number])  # type: ignore[arg-type]
         if runner.stream is not None:
             return runner.stream
         results[number] = scored
-        return scored[0]
+        return nothing
 
     if spread.pipeline is None:
         for number in range(len(micro_batches)):

@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,16 @@ from trainwright.files import write_json
 from trainwright.models.decoder import Span
 from trainwright.models.families import decoder_config
 from trainwright.models.router_balance import balances
-from trainwright.models.weights import initialise, new_model
-from trainwright.objectives.next_token import next_token_loss
+from trainwright.models.weights import drawn, initialise, new_model, normal, write_part
+from trainwright.objectives.build import build_objective
 from trainwright.parallel.gradients import copies
 from trainwright.parallel.spread import Model, SpreadModel, spread
 from trainwright.parallel.world import World
 from trainwright.planner.plan import Plan
 from trainwright.recipe.schema import Recipe
+from trainwright.training.adapting import adapt, fill, without_adapters
 from trainwright.training.assemble import build_all_optimizers
+from trainwright.training.reference import Reference
 from trainwright.training.step import StepStats, TrainStep
 
 STEPS, ROWS = 5, 16
@@ -82,6 +85,39 @@ def made_batch(step: int, *, rows: int, sequence: int, vocabulary: int, seed: in
     return Batch(input_ids, labels, positions, segments, (("made up",),) * rows)
 
 
+def made_examples(
+    step: int, *, rows: int, sequence: int, vocabulary: int, seed: int, parts: int
+) -> Batch:
+    """Made-up packed examples of `parts` sequences each, whose prompts are not trained.
+
+    Every row has room left over, and rows differ in how many examples they hold.
+    """
+    rng = np.random.default_rng([seed, step, parts])
+    input_ids = np.zeros((rows, sequence), dtype=np.int64)
+    labels = np.full((rows, sequence), IGNORED, dtype=np.int64)
+    positions = np.zeros((rows, sequence), dtype=np.int64)
+    segments = np.full((rows, sequence), -1, dtype=np.int32)
+    names, values = [], np.zeros((rows, sequence), np.float32)
+    for row in range(rows):
+        start, number = 0, 0
+        while start + 4 * parts < sequence:
+            most = max(4, min(sequence // (2 * parts), (sequence - start) // parts))
+            for length in rng.integers(4, most + 1, parts).tolist():
+                span = slice(start, start + length)
+                input_ids[row, span] = rng.integers(1, vocabulary, length)
+                positions[row, span] = np.arange(length)
+                segments[row, span] = number
+                prompt = int(rng.integers(1, length - 2))
+                trained = slice(start + prompt, start + length - 1)
+                labels[row, trained] = input_ids[row, start + prompt + 1 : start + length]
+                start, number = start + length, number + 1
+        count = number // parts
+        values[row, :count] = rng.integers(0, 2, count)
+        names.append(("made up",) * count)
+    most = max(map(len, names))
+    return Batch(input_ids, labels, positions, segments, tuple(names), values[:, :most])
+
+
 class Trial:
     """A model, spread as a plan says, and what trains it on made-up batches of `rows` rows.
 
@@ -101,32 +137,66 @@ class Trial:
         config = decoder_config(hf_config)
 
         def build(span: Span | None) -> Model:
-            return new_model(config, device="meta", span=span)
+            model = new_model(config, device="meta", span=span)
+            adapt(model, recipe.adapter)
+            return model
 
-        def fill(model: Model) -> None:
-            initialise(model, recipe.seed)  # type: ignore[arg-type]
+        def write(model: Model) -> None:
+            fill(model, recipe.adapter, None, recipe.seed)
+            stir(model, recipe.seed)
+
+        def build_still(span: Span | None) -> Model:
+            return new_model(config, device="meta", span=span).requires_grad_(False)
+
+        def fill_otherwise(model: Model) -> None:
+            initialise(model, recipe.seed + 1)  # type: ignore[arg-type]
 
         self.recipe, self.plan, self.rows, self.batches = recipe, plan, rows, batches
         self.vocabulary = config.vocab_size
-        self.model = spread(build, plan, world, fill)
+        self.model = spread(build, plan, world, write)
         self.optimizers = build_all_optimizers(self.model, recipe.optimizer)
+        objective = build_objective(recipe.objective, self.model.mesh.group("cp"))
+        reference = None
+        if objective.needs_reference and recipe.adapter is not None:
+            reference = Reference(self.model, partial(without_adapters, self.model.parts))
+        elif objective.needs_reference:
+            reference = Reference(spread(build_still, plan, world, fill_otherwise))
         self.step = TrainStep(
-            self.model, self.optimizers, next_token_loss, recipe.training, seed=recipe.seed
+            self.model,
+            self.optimizers,
+            objective,
+            recipe.training,
+            seed=recipe.seed,
+            reference=reference,
         )
 
     def train(self, index: int) -> StepStats:
         """The step of that number, on this worker's rows of its batch."""
         own = self.rows // self.plan.data_ranks
         first = self.model.mesh.index("data") * own
-        whole = made_batch(
-            index,
-            rows=self.rows,
-            sequence=self.plan.sequence_length,
-            vocabulary=self.vocabulary,
-            seed=self.recipe.seed + self.batches,
-        )
+        shape = {
+            "rows": self.rows,
+            "sequence": self.plan.sequence_length,
+            "vocabulary": self.vocabulary,
+            "seed": self.recipe.seed + self.batches,
+        }
+        if self.recipe.learns_examples:
+            whole = made_examples(index, **shape, parts=self.recipe.objective.sequences)
+        else:
+            whole = made_batch(index, **shape)
         batch = rows_of(whole, slice(first, first + own))
         return self.step(batch, self.recipe.optimizer.learning_rate, first, index=index)
+
+
+def stir(model: Model, seed: int) -> None:
+    """Give adapters' second matrices values: where they are zero, the first ones learn nothing."""
+    pieces = getattr(model, "pieces", {})
+    for name, parameter in model.named_parameters():
+        if name.endswith("lora_B.weight"):
+            piece = pieces.get(name)
+            shape = piece.whole if piece is not None else tuple(parameter.shape)
+            with torch.no_grad():
+                write_part(parameter, drawn(f"{seed}:{name}", shape, normal(0.02)), piece)
 
 
 @dataclass
@@ -167,6 +237,7 @@ def rows_of(batch: Batch, rows: slice) -> Batch:
         batch.position_ids[rows],
         None if segments is None else segments[rows],
         batch.documents[rows],
+        None if batch.values is None else batch.values[rows],
     )
 
 

@@ -9,7 +9,7 @@ from trainwright.data.batches import Batches
 from trainwright.data.prepare import open_data, prepare_data, prepare_held_out
 from trainwright.errors import UserError
 from trainwright.models.directory import resolve_model_directory
-from trainwright.objectives.next_token import next_token_loss
+from trainwright.objectives.next_token import NextToken
 from trainwright.parallel.spread import whole_model
 from trainwright.recipe.schema import Source, TokenizerSection
 from trainwright.training.artifacts import open_model
@@ -37,7 +37,7 @@ def score(
     return {
         name: held_out_loss(
             spread,
-            next_token_loss,
+            NextToken(),
             batches,
             micro_batch=batch,
             most_rows=most_rows,

@@ -29,6 +29,7 @@ from trainwright.errors import Mistake, UserError
 from trainwright.models.decoder import Span
 from trainwright.models.families import FAMILIES, DecoderConfig
 from trainwright.models.weights import new_model
+from trainwright.objectives.build import build_objective
 from trainwright.parallel.mesh import forget_groups
 from trainwright.parallel.spread import Model, SpreadModel, spread
 from trainwright.parallel.world import World
@@ -36,7 +37,7 @@ from trainwright.planner.make import cluster_of, make_plan
 from trainwright.planner.plan import Plan
 from trainwright.planner.traffic import traffic
 from trainwright.recipe.schema import Recipe
-from trainwright.training.assemble import OBJECTIVES, build_all_optimizers
+from trainwright.training.assemble import build_all_optimizers
 from trainwright.training.sameness import made_batch
 from trainwright.training.step import TrainStep
 
@@ -126,7 +127,7 @@ def simulate(recipe: Recipe, config: DecoderConfig, plan: Plan, rank: int = 0) -
             step = TrainStep(
                 model,
                 build_all_optimizers(model, recipe.optimizer),
-                OBJECTIVES[recipe.objective.kind],
+                build_objective(recipe.objective),
                 recipe.training,
                 seed=recipe.seed,
             )

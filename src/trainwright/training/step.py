@@ -6,23 +6,23 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from trainwright.data.batches import Batch
 from trainwright.errors import Mistake, UserError
 from trainwright.models.decoder import Decoder
+from trainwright.objectives.objective import Objective, Sums
 from trainwright.optim.clip import clip_factor, scale_gradients
 from trainwright.optim.optimizers import set_learning_rate
 from trainwright.parallel.precision import LossScale, is_finite
 from trainwright.parallel.spread import SpreadModel
 from trainwright.recipe.schema import Training
 from trainwright.training.micro_batches import (
-    Objective,
     counts_losses,
     counts_rows,
     to_tensors,
     train_micro_batches,
 )
+from trainwright.training.reference import Reference
 from trainwright.training.routers import Routers
 
 
@@ -30,7 +30,7 @@ from trainwright.training.routers import Routers
 class StepStats:
     """What a step did, over the whole global batch."""
 
-    loss: float  # mean over trained targets
+    loss: float  # mean over trained targets, or whatever the objective divides by
     gradient_norm: float  # before clipping
     learning_rate: float
     targets: int
@@ -39,6 +39,7 @@ class StepStats:
     stop_requested: bool  # some worker was asked to stop after this step
     # How evenly a mixture's experts were loaded; empty for other models.
     router: Mapping[str, float] = field(default_factory=dict)
+    figures: Mapping[str, float] = field(default_factory=dict)  # the objective's own
 
 
 class TrainStep:
@@ -52,16 +53,19 @@ class TrainStep:
         training: Training,
         *,
         seed: int,
+        reference: Reference | None = None,
     ) -> None:
-        self.spread = spread
+        self.spread, self.reference = spread, reference
         self.optimizers = optimizers
         self.objective = objective
         self.plan, self.world = spread.plan, spread.mesh.world
-        self.gradient_clip, self.dropout = training.gradient_clip, training.dropout
-        if self.dropout:
+        self.gradient_clip = training.gradient_clip
+        self.draws = bool(training.dropout or training.neftune_alpha)
+        if self.draws:
             for part in spread.parts:
                 assert isinstance(part, Decoder)  # the planner refuses it for other models
-                part.set_dropout(self.dropout)
+                part.set_dropout(training.dropout)
+                part.set_embedding_noise(training.neftune_alpha)
         self.seed = seed
         self.routers = Routers.of(spread, training)
         self.loss_scale = LossScale(spread.plan.precision)
@@ -84,20 +88,21 @@ class TrainStep:
         """
         # One reduction tells every worker three things: how much the global batch weighs, which
         # batch it is, and whether somebody was asked to stop. Workers that share rows say it once.
-        mine = (
-            [batch.weight, ordered_hash(batch, first_row)] if counts_rows(self.spread) else [0, 0]
-        )
+        own, terms = self.objective.weights(batch), self.objective.terms
+        mine = [*(own[name] for name in terms), ordered_hash(batch, first_row)]
+        if not counts_rows(self.spread):
+            mine = [0] * len(mine)
         shared = self.world.sum(torch.tensor([*mine, int(stop_requested)])).tolist()
-        weight, batch_hash, stops = shared
-        if weight == 0:
+        *found, batch_hash, stops = shared
+        weights = dict(zip(terms, found, strict=True))
+        if weights["targets"] == 0:
             raise UserError(
                 "a batch holds no target to train on: every position of it is masked or padding",
                 fix="look at it with `trainwright data RECIPE`",
             )
 
-        losses = self._accumulate(batch, weight, first_row, index)
-        total = torch.stack(losses).sum().to(torch.float64)
-        loss = self.world.sum(total * counts_losses(self.spread)) / weight
+        results = self._accumulate(batch, weights, first_row, index)
+        loss, figures = self._mean(results, weights)
 
         if self.gradients_ready is not None:
             self.gradients_ready()
@@ -119,35 +124,56 @@ class TrainStep:
         router = self.routers.after_step(skipped) if self.routers is not None else {}
 
         stats = StepStats(
-            loss=loss.item(),
+            loss=loss,
             gradient_norm=norm.item(),
             learning_rate=learning_rate,
-            targets=weight,
+            targets=weights["targets"],
             batch_hash=f"{batch_hash % 2**64:016x}",
             skipped=skipped,
             stop_requested=stops > 0,
             router=router,
+            figures=figures,
         )
-        self._refuse_broken_numbers(stats, losses, batch)
+        self._refuse_broken_numbers(stats, results, batch)
         return stats
 
-    def _accumulate(self, batch: Batch, weight: int, first_row: int, index: int) -> list[Tensor]:
-        """Gradients of all micro-batches, whole; their loss sums, detached."""
+    def _accumulate(
+        self, batch: Batch, weights: Mapping[str, int], first_row: int, index: int
+    ) -> list[tuple[Sums, Sums]]:
+        """Gradients of all micro-batches, whole; their loss sums and figures, detached."""
         rows = self.plan.micro_batch
-        keys = (self.seed, index, first_row) if self.dropout else None
+        keys = (self.seed, index, first_row) if self.draws else None
         micro_batches = [
             to_tensors(batch, start, start + rows, self.spread, keys)
             for start in range(0, len(batch.input_ids), rows)
         ]
-        scale = self.loss_scale.value / weight
+        if self.reference is not None:
+            self.reference.attach(self.objective, self.spread, micro_batches)
+        # A sum without a weight is zero, as where no row has what it counts.
+        scales = {name: self.loss_scale.value / max(1, each) for name, each in weights.items()}
         if self.routers is not None:
-            self.routers.before_step(scale)
-        losses = train_micro_batches(self.spread, self.objective, micro_batches, scale)
+            self.routers.before_step(scales["targets"])
+        results = train_micro_batches(self.spread, self.objective, micro_batches, scales)
         self.spread.finish_gradients()
-        return losses
+        return results
+
+    def _mean(
+        self, results: Sequence[tuple[Sums, Sums]], weights: Mapping[str, int]
+    ) -> tuple[float, dict[str, float]]:
+        """The loss and the figures over all workers' micro-batches."""
+        names = [*weights, *self.objective.figures]
+        total = torch.zeros(len(names), dtype=torch.float64, device=self.world.device)
+        if counts_losses(self.spread):
+            for sums, figures in results:
+                for name, each in (sums | figures).items():
+                    total[names.index(name)] += each
+        sums_of = dict(zip(names, self.world.sum(total).tolist(), strict=True))
+        first = max(1, weights[self.objective.terms[0]])
+        loss = sum(sums_of[name] / max(1, weight) for name, weight in weights.items())
+        return loss, {name: sums_of[name] / first for name in self.objective.figures}
 
     def _refuse_broken_numbers(
-        self, stats: StepStats, losses: Sequence[Tensor], batch: Batch
+        self, stats: StepStats, results: Sequence[tuple[Sums, Sums]], batch: Batch
     ) -> None:
         """Stop on NaN or Inf, naming the documents; nothing has been saved since the update."""
         broken_loss = stats.loss - stats.loss != 0
@@ -155,8 +181,8 @@ class TrainStep:
         if not (broken_loss or broken_norm or self.loss_scale.exhausted):
             return
         suspects: list[str] = []
-        for index, loss in enumerate(losses):
-            if not torch.isfinite(loss):
+        for index, (sums, _) in enumerate(results):
+            if not all(torch.isfinite(each) for each in sums.values()):
                 start = index * self.plan.micro_batch
                 for row in batch.documents[start : start + self.plan.micro_batch]:
                     suspects.extend(row)

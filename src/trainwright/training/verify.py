@@ -111,13 +111,21 @@ def settings_of(recipe: Recipe) -> Recipe:
     optimizer = type(recipe.optimizer)(
         learning_rate=3e-4, eps=1e-6, weight_decay=recipe.optimizer.weight_decay
     )
-    return recipe.model_copy(update={"training": training, "optimizer": optimizer})
+    changed = {"training": training, "optimizer": optimizer}
+    if recipe.adapter is not None:  # one that there is already does not fit the small model
+        changed["adapter"] = recipe.adapter.model_copy(update={"path": None})
+    return recipe.model_copy(update=changed)
 
 
 def legal_plans(recipe: Recipe, hf_config: Mapping[str, Any], world_size: int) -> list[Plan]:
     """Every legal plan of the small model, in a fixed order. Raises UserError where none is."""
     found = enumerate_plans(
-        decoder_config(hf_config), world_size, batch_sequences=ROWS, sequence_length=SEQUENCE
+        decoder_config(hf_config),
+        world_size,
+        batch_sequences=ROWS,
+        sequence_length=SEQUENCE,
+        adapter=recipe.adapter,
+        objective=recipe.objective,
     )
     if not found:
         raise UserError(

@@ -1,0 +1,103 @@
+"""The recipe's `adapter` on a model: put on before it is spread, filled when it has its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from torch import nn
+
+from trainwright.models.adapter_files import fill_adapter, read_adapter_spec
+from trainwright.models.adapter_init import drawn_weights, initialise_adapter, saved_weights
+from trainwright.models.adapter_spec import AdapterSpec
+from trainwright.models.adapters import adapters_off, add_adapter, learning_rate_factors
+from trainwright.models.decoder import Decoder
+from trainwright.models.quantised import quantise_model
+from trainwright.models.quantised_files import initialise_quantised, load_quantised
+from trainwright.models.quantised_spec import QuantisedSpec
+from trainwright.models.weights import initialise, load_weights
+from trainwright.parallel.spread import Model, SpreadModel
+from trainwright.recipe.schema import Adapter
+
+
+def adapter_spec(section: Adapter) -> AdapterSpec:
+    """What the recipe asks for, or what the adapter that it goes on from is."""
+    if section.path is not None:
+        return read_adapter_spec(section.path)
+    targets = section.targets
+    return AdapterSpec(
+        rank=section.rank,
+        alpha=section.scale_alpha,
+        dropout=section.dropout,
+        targets=targets if isinstance(targets, str) else tuple(targets),
+        rslora=section.rslora,
+        dora=section.dora,
+        init=section.init,
+        modules_to_save=tuple(section.train_also),
+    )
+
+
+def adapt(model: Model, section: Adapter | None, *, keep_originals: bool = False) -> None:
+    """Put the adapter on a model that has no values yet, its base quantised if it is to be.
+
+    With `keep_originals` the model can later be used as it was, without the adapter.
+    """
+    if section is None:
+        return
+    if section.quantise != "none":
+        quantise_model(model, QuantisedSpec(section.quantise))
+    spec = adapter_spec(section)
+    add_adapter(model, spec, keep_originals=keep_originals, strict=section.path is None)
+    if spec.dropout and isinstance(model, Decoder):
+        model.drop_adapter_inputs()
+
+
+def fill(model: Model, section: Adapter | None, directory: Path | None, seed: int) -> None:
+    """Write a model's values: the base's from `directory` or drawn from `seed`, the adapter's.
+
+    Where the model is spread, each worker writes its own part.
+    """
+    quantised = section is not None and section.quantise != "none"
+    if directory is not None:
+        (load_quantised if quantised else load_weights)(model, directory)
+    else:
+        assert isinstance(model, Decoder)
+        (initialise_quantised if quantised else initialise)(model, seed)
+    if section is not None:
+        fill_adapter_alone(model, section, directory, seed)
+
+
+def fill_adapter_alone(model: Model, section: Adapter, directory: Path | None, seed: int) -> None:
+    """Write the adapter's values, where the base has its own."""
+    if directory is not None:
+        read = saved_weights(model, directory)
+    else:
+        assert isinstance(model, Decoder)
+        read = drawn_weights(model, seed)
+    if section.path is not None:
+        fill_adapter(model, section.path, read=read)
+    else:
+        initialise_adapter(model, seed, read)
+
+
+@contextmanager
+def without_adapters(parts: Sequence[Model]) -> Iterator[None]:
+    """Within, the parts of a model compute what they did before it had an adapter."""
+    with ExitStack() as stack:
+        for part in parts:
+            stack.enter_context(adapters_off(part))
+        yield
+
+
+def rate_factors(
+    spread: SpreadModel, section: Adapter | None, learning_rate: float
+) -> dict[nn.Parameter, float]:
+    """What LoRA+ multiplies the learning rates of an adapter's parameters by; none without it."""
+    if section is None or section.plus_ratio == 1.0:
+        return {}
+    factors = {}
+    for part in spread.parts:
+        found = learning_rate_factors(part, section.plus_ratio, learning_rate)
+        factors.update({part.get_parameter(name): factor for name, factor in found.items()})
+    return factors

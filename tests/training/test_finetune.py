@@ -1,0 +1,250 @@
+"""Fine-tuning from files to a finished model: adapters beside PEFT, resumed runs, refused rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.training.runs import SHAPE, assemble_here
+from trainwright.data.opening import open_data
+from trainwright.errors import UserError
+from trainwright.models.families import decoder_config, new_hf_config
+from trainwright.models.weights import initialise, new_model, save_model
+from trainwright.recipe.schema import Recipe
+from trainwright.training.artifacts import export_run, load_model, open_model
+from trainwright.training.loop import Trainer
+from trainwright.training.run_directory import RunDirectory, default_run_directory
+
+SHAPES = {**SHAPE, "max_position_embeddings": 256}
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A small pretrained model, with a tokenizer of one token a byte."""
+    from trainwright.data.tokenizers import byte_tokenizer
+
+    folder = tmp_path / "base"
+    model = new_model(decoder_config(new_hf_config("llama", SHAPES, 260)))
+    initialise(model, 1)
+    folder.mkdir()
+    save_model(model, folder)
+    byte_tokenizer().save_pretrained(str(folder))
+    return folder
+
+
+@pytest.fixture
+def chats(tmp_path: Path) -> Path:
+    file = tmp_path / "chats.jsonl"
+    rows = [
+        {"messages": [
+            {"role": "user", "content": f"What is {n} + {n}?"},
+            {"role": "assistant", "content": f"It is {2 * n}."},
+        ]}
+        for n in range(40)
+    ]  # fmt: skip
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return file
+
+
+def recipe_of(tmp_path: Path, base: Path, source: Path, **sections: Any) -> Recipe:
+    values: dict[str, Any] = {
+        "name": "tuned",
+        "run_directory": str(tmp_path / "run"),
+        "model": {"path": str(base)},
+        "objective": "sft",
+        "data": {
+            "sources": [str(source)],
+            "validation": 0.1,
+            "sequence_length": 128,
+            "cache": str(tmp_path / "cache"),
+        },
+        "training": {"steps": 6, "batch_sequences": 4, "precision": "fp32", "compile": False},
+        "optimizer": {"learning_rate": 1e-2},
+        "parallel": {"workers": 1},
+        "checkpoint": {"every": 3},
+        "export": {"at_end": False},
+    }
+    for key, value in sections.items():
+        values[key] = {**values[key], **value} if isinstance(values.get(key), dict) else value
+    return Recipe.model_validate(values)
+
+
+class AskToStop:
+    """Asks for the end after so many steps, as Ctrl-C does."""
+
+    def __init__(self, trainer: Trainer, steps: int) -> None:
+        self.trainer, self.steps = trainer, steps
+
+    def after_step(self, done: int, stats: Any, seconds: float, last: bool) -> None:
+        self.trainer.stop_requested = done == self.steps - 1
+
+
+def train(recipe: Recipe, steps: int | None = None) -> RunDirectory:
+    """Train in this process; be asked to stop after `steps`."""
+    made = assemble_here(recipe)
+    if steps is not None:
+        made.trainer.hooks = [*made.trainer.hooks, AskToStop(made.trainer, steps)]
+    made.close(made.trainer.run())
+    return RunDirectory(default_run_directory(recipe))
+
+
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "lora": {"rank": 4, "plus_ratio": 4},
+    "dora": {"rank": 4, "dora": True, "targets": ["q_proj", "down_proj"]},
+    "pissa": {"rank": 4, "init": "pissa"},
+    "head": {"rank": 4, "targets": ["v_proj", "embed_tokens"], "train_also": ["lm_head"]},
+}
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_an_adapter_is_what_peft_loads_and_what_merging_makes(name, base, chats, tmp_path) -> None:
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    before = {file.name: file.read_bytes() for file in base.iterdir()}
+    run = train(recipe_of(tmp_path, base, chats, adapter=ADAPTERS[name]))
+    assert {file.name: file.read_bytes() for file in base.iterdir()} == before
+    export_run(run, tmp_path / "adapter")
+    export_run(run, tmp_path / "merged", merge=True)
+
+    ids = torch.arange(10, 40)[None]
+    ours = load_model(run.path)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(str(base)).eval()
+    with torch.no_grad():
+        unchanged = plain(ids).logits
+        theirs = peft.PeftModel.from_pretrained(plain, str(tmp_path / "adapter")).eval()
+        wanted = theirs(ids).logits
+        torch.testing.assert_close(ours(ids), wanted, rtol=1e-4, atol=1e-5)
+        assert (wanted - unchanged).abs().max() > 1e-2  # it has learnt something
+        merged = transformers.AutoModelForCausalLM.from_pretrained(str(tmp_path / "merged")).eval()
+        torch.testing.assert_close(merged(ids).logits, wanted, rtol=1e-4, atol=1e-4)
+    saved = (tmp_path / "adapter" / "chat_template.jinja").read_text()
+    assert "assistant" in saved or "message" in saved
+
+
+@pytest.mark.parametrize("quantise", ["nf4", "int8"])
+def test_a_quantised_base_learns_below_where_it_began(quantise, base, chats, tmp_path) -> None:
+    recipe = recipe_of(
+        tmp_path, base, chats, adapter={"rank": 4, "quantise": quantise}, training={"steps": 12}
+    )
+    run = train(recipe)
+    records = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    losses = [record["loss"] for record in records if record["kind"] == "step"]
+    assert losses[-1] < losses[0] - 0.2
+    size = sum(file.stat().st_size for file in run.checkpoints.rglob("*") if file.is_file())
+    assert size < 2 * sum(file.stat().st_size for file in base.iterdir())  # no copy of the base
+
+
+def test_a_run_with_an_adapter_goes_on_to_the_same_bits(base, chats, tmp_path) -> None:
+    adapter = {"rank": 4, "init": "pissa"}
+    whole = train(
+        recipe_of(tmp_path, base, chats, adapter=adapter, run_directory=str(tmp_path / "a"))
+    )
+    broken = recipe_of(tmp_path, base, chats, adapter=adapter, run_directory=str(tmp_path / "b"))
+    train(broken, steps=3)
+    again = train(broken)
+    one, other = load_model(whole.path), load_model(again.path)
+    for (name, a), (_, b) in zip(one.named_parameters(), other.named_parameters(), strict=True):
+        assert a.equal(b), name
+
+
+def test_the_reference_of_dpo_is_the_model_without_its_adapter(base, tmp_path) -> None:
+    file = tmp_path / "pairs.jsonl"
+    rows = [{"prompt": f"{n} + 1 = ", "chosen": str(n + 1), "rejected": str(n)} for n in range(30)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    losses = {}
+    for name, adapter in (("adapter", {"rank": 4}), ("whole", None)):
+        recipe = recipe_of(
+            tmp_path, base, file, adapter=adapter, objective={"kind": "dpo"},
+            run_directory=str(tmp_path / name),
+        )  # fmt: skip
+        run = train(recipe)
+        lines = (run.path / "metrics.jsonl").read_text().splitlines()
+        steps = [record for record in map(json.loads, lines) if record["kind"] == "step"]
+        losses[name] = [record["loss"] for record in steps]
+        assert losses[name][0] == pytest.approx(0.6931472, abs=1e-6)
+        assert losses[name][-1] < 0.68
+        assert steps[-1]["rewards/accuracies"] > 0.6
+        evaluated = [r for r in map(json.loads, lines) if r["kind"] == "evaluation"]
+        assert 0 <= evaluated[-1]["rewards/accuracies"] <= 1
+    assert losses["adapter"] != losses["whole"]
+
+
+def test_answers_end_where_the_template_ends_them(base, chats, tmp_path) -> None:
+    # The tokenizer's EOS is not what this template ends a turn with, but another token.
+    template = (
+        "{% for message in messages %}<s>{{ message.role }}: {{ message.content }}<pad>{% endfor %}"
+        "{% if add_generation_prompt %}<s>assistant: {% endif %}"
+    )
+    file = tmp_path / "own.jinja"
+    file.write_text(template)
+    recipe = recipe_of(
+        tmp_path, base, chats, tokenizer={"path": "bytes", "chat_template": str(file)},
+        training={"steps": 1},
+    )  # fmt: skip
+    run = train(recipe)
+    assert (run.tokenizer / "chat_template.jinja").read_text() == template
+    opened = open_model(run.path)
+    assert opened.model.stop_token_ids[-1] == opened.tokenizer.convert_tokens_to_ids("<pad>")
+    export_run(run, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert set(written["eos_token_id"]) >= {257, 258}
+    ids = opened.tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hi"}], add_generation_prompt=True, return_dict=False
+    )
+    assert ids[:2] == [256, ord("u")]  # special tokens are tokens, not their letters
+
+
+def test_frozen_parameters_stay_as_they_were(base, chats, tmp_path) -> None:
+    recipe = recipe_of(
+        tmp_path, base, chats, training={"freeze": ["embed_tokens", "layers.0.*"], "steps": 3}
+    )
+    trained, start = load_model(train(recipe).path), load_model(base)
+    values = dict(start.named_parameters())
+    for name, parameter in trained.named_parameters():
+        frozen = "embed_tokens" in name or "layers.0." in name
+        assert parameter.equal(values[name]) == frozen, name
+
+
+def test_rows_that_cannot_be_trained_on_are_named(base, tmp_path) -> None:
+    file = tmp_path / "mixed.jsonl"
+    good = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    rows = [good, {"messages": [{"role": "user", "content": "only asked"}]}, good, good, good]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(UserError) as refused:
+        train(recipe_of(tmp_path, base, file))
+    [mistake] = refused.value.mistakes
+    assert mistake.where == "mixed.jsonl:2" and mistake.fix
+    recipe = recipe_of(
+        tmp_path, base, file, data={"bad_rows": "drop", "validation": 0}, training={"steps": 1}
+    )
+    data = open_data(train(recipe).path)
+    assert data.train.documents == 4
+    assert data.summary[0].dropped == 1
+
+
+def test_what_is_too_long_is_cut_or_left_out_and_never_loses_its_target(base, tmp_path) -> None:
+    file = tmp_path / "long.jsonl"
+    rows = [
+        {"prompt": "short ", "completion": "answer"},
+        {"prompt": "p" * 20, "completion": "c" * 300},  # loses its end
+        {"prompt": "p" * 300, "completion": "c"},  # would lose its target
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    documents, lost = {}, {}
+    for too_long in ("cut", "drop"):
+        recipe = recipe_of(
+            tmp_path, base, file, data={"too_long": too_long, "validation": 0},
+            training={"steps": 1}, run_directory=str(tmp_path / too_long),
+        )  # fmt: skip
+        data = open_data(train(recipe).path)
+        documents[too_long] = [each.name for each in data.train.listed(9)]
+        assert data.train.targets == data.train.read(range(data.train.rows)).weight
+        lost[too_long] = (data.summary[0].lost, data.summary[0].lost_rows)
+        assert all(stream.corpus.lengths.max() <= 128 for stream in data.train.streams)
+    assert documents == {"cut": ["long.jsonl:1", "long.jsonl:2"], "drop": ["long.jsonl:1"]}
+    assert lost["cut"][0] == {"cut": 1, "too long": 1}
+    assert lost["cut"][1] == {"cut": ["long.jsonl:2"], "too long": ["long.jsonl:3"]}
+    assert lost["drop"] == ({"too long": 2}, {"too long": ["long.jsonl:2", "long.jsonl:3"]})
