@@ -14,6 +14,7 @@ from tests.workers import run_on
 from trainwright.checkpoint.store import CheckpointStore
 from trainwright.cli.main import main
 from trainwright.errors import UserError
+from trainwright.objectives.next_token import NextToken
 from trainwright.training.prepare import prepare_run
 from trainwright.training.run_directory import RunDirectory, locked, open_run
 from trainwright.training.step import BrokenNumbersError
@@ -63,17 +64,18 @@ def poisoned_rank(folder: str) -> tuple[list[str], list[str]]:
     recipe = small_recipe(Path(folder), parallel={"workers": 2, "micro_batch": 2})
     assembled = assemble_here(recipe)
     step = assembled.trainer.step
-    real = step.objective
 
-    def objective(model, batch):
-        loss, weight = real(model, batch)
-        if step.world.rank == 1 and objective.calls == 5:  # third step, second micro-batch
-            loss = loss * float("nan")
-        objective.calls += 1
-        return loss, weight
+    class Poisoned(NextToken):
+        calls = 0
 
-    objective.calls = 0
-    step.objective = objective
+        def __call__(self, model, batch):
+            sums, figures = super().__call__(model, batch)
+            self.calls += 1
+            if step.world.rank == 1 and self.calls == 6:  # third step, second micro-batch
+                sums = {name: each * float("nan") for name, each in sums.items()}
+            return sums, figures
+
+    step.objective = Poisoned()
     rows = assembled.trainer.data.batch(2).documents[6:8]
     try:
         assembled.trainer.run()

@@ -44,11 +44,12 @@ class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         [gradient] = gradients
+        packed = ctx.saved_tensors  # once: recomputation gives each of them a single time
         for_x = for_bias = None
         if ctx.needs_input_grad[0]:
-            matrix, scale = ctx.unpack(gradient.dtype, *ctx.saved_tensors)
+            matrix, scale = ctx.unpack(gradient.dtype, *packed)
             with torch.autocast(gradient.device.type, enabled=False):
                 for_x = (gradient if scale is None else gradient * scale) @ matrix
         if ctx.needs_input_grad[1]:
             for_bias = gradient.flatten(0, -2).sum(0)
-        return for_x, for_bias, None, *(None for _ in ctx.saved_tensors)
+        return for_x, for_bias, None, *(None for _ in packed)

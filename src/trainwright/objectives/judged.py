@@ -36,10 +36,11 @@ class Judged:
 
     def __call__(self, model: nn.Module, batch: Tensors) -> tuple[Sums, Sums]:
         """The answers' loss sum, and their rewards."""
-        reference, labels, baseline = batch["reference"], batch["values"], batch["baseline"]
-        assert reference is not None and labels is not None and baseline is not None
 
         def of_scores(policy: SequenceScores) -> tuple[Sums, Sums]:
+            # Only where the head is: the other stages of a pipeline have no reference's scores.
+            reference, labels, baseline = batch["reference"], batch["values"], batch["baseline"]
+            assert reference is not None and labels is not None and baseline is not None
             own, counts = policy.sums[:, 0::2], policy.counts[:, 0::2]
             good = labels[:, : own.shape[1]] > 0
             losses = unpaired_losses(

@@ -39,7 +39,7 @@ CORE = {
     "jinja2": "jinja2",
     "psutil": "psutil",
 }
-EXTRAS = {"track": ("tensorboard", "wandb", "trackio"), "quant": ("torchao",)}
+EXTRAS = {"track": ("tensorboard", "wandb", "trackio"), "quant": ("torchao", "bitsandbytes")}
 LEAST_PYTHON = (3, 11)
 LEAST_TORCH = (2, 11)
 
