@@ -174,7 +174,8 @@ prepare.build_tokens = lambda source, tokenizer, root, _: build_tokens(source, t
     assert second.stdout is not None
     assert second.stdout.readline() == "waiting for another process that tokenises texts\n"
     outputs = [child.communicate(timeout=60)[0].splitlines() for child in (first, second)]
-    assert outputs[0][0] == "['tokenising texts']" and outputs[1][0] == "[]"
+    # A slow machine hears of the progress too.
+    assert outputs[0][0].startswith("['tokenising texts'") and outputs[1][0] == "[]"
     assert outputs[0][1] == outputs[1][1]
     third = prepare_data(made_recipe(tmp_path, data={"cache": str(shared_cache)}))
     assert str(third.train.batch(3).row_hashes()) == outputs[0][1]
