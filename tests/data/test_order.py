@@ -7,7 +7,7 @@ import hashlib
 import numpy as np
 import pytest
 
-from trainwright.data.order import Interleaving, row_shares, shuffled
+from trainwright.data.order import EndToEnd, Interleaving, row_shares, shuffled
 
 
 def slow_shuffle(count: int, *key: object) -> list[int]:
@@ -74,3 +74,12 @@ def test_row_shares_give_weights_in_tokens() -> None:
     tokens = np.array(shares) * [100.0, 25.0]
     assert np.allclose(tokens / tokens.sum(), [0.75, 0.25])
     assert sum(shares) == pytest.approx(1.0)
+
+
+def test_streams_end_to_end_are_read_one_after_the_other() -> None:
+    order = EndToEnd((3, 1, 4))
+    expected = [(0, 0), (0, 1), (0, 2), (1, 0), (2, 0), (2, 1), (2, 2), (2, 3)]
+    streams, numbers = order.locate(np.arange(8))
+    assert list(zip(streams.tolist(), numbers.tolist(), strict=True)) == expected
+    assert order.rows_per_epoch == 8 and sum(order.shares) == 1
+    assert [each.tolist() for each in order.locate(np.array([7, 3]))] == [[2, 1], [3, 0]]

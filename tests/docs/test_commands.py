@@ -59,7 +59,13 @@ def run(folder: Path, command: list[str]) -> str:
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
     }
     done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300
+        command,
+        cwd=folder,
+        env=environment,
+        input="What does textwrap.dedent do?\n\n" if "chat" in command else None,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
     return done.stdout
@@ -71,8 +77,10 @@ def shrunk(command: str) -> list[str]:
     if words[1] == "train" and "quickstart" not in command:
         small = "{hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, "
         small += "num_attention_heads: 2, num_key_value_heads: 2}"
-        words += ["training.steps=2", "data.sequence_length=64", "training.batch_tokens=512"]
-        words += [f"model.config={small}", "tokenizer.train.vocab_size=300"]
+        words += ["training.steps=2", f"model.config={small}"]
+        if "sft" not in command:
+            words += ["data.sequence_length=64", "training.batch_tokens=512"]
+            words += ["tokenizer.train.vocab_size=300"]
     return words
 
 

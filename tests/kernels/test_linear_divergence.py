@@ -5,10 +5,15 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 
 from tests.workers import run_on
-from trainwright.kernels.linear_divergence import divergence_reference, linear_divergence
-from trainwright.models.decoder import OutputHead
+from trainwright.kernels.linear_divergence import (
+    Distillation,
+    divergence_reference,
+    linear_divergence,
+)
+from trainwright.models.output_head import OutputHead
 
 BETAS = [0.0, 0.1, 0.5, 1.0]
 
@@ -30,10 +35,12 @@ def inputs(tokens=23, hidden=10, teacher=14, vocabulary=24, bias=False, dtype=to
     return student_hidden, head(hidden, **more), teacher_hidden, head(teacher), labels
 
 
-def plainly(hidden, head, teacher_hidden, teacher_head, labels, **options):
+def plainly(hidden, head, teacher_hidden, teacher_head, labels, mix=0.0, **options):
     trained = labels != -100
     student, teacher = logits(hidden, head), logits(teacher_hidden, teacher_head).detach()
-    return divergence_reference(student, teacher, **options)[trained].sum()
+    divergence = divergence_reference(student, teacher, **options)[trained].sum()
+    entropy = F.cross_entropy(student, labels, reduction="sum")
+    return Distillation((1 - mix) * divergence + mix * entropy, divergence, entropy)
 
 
 def logits(hidden, head):
@@ -43,9 +50,10 @@ def logits(hidden, head):
 
 def loss_and_gradients(function, given, **options):
     hidden, head = given[:2]
-    loss = function(*given, **options)
+    found = function(*given, **options)
     wanted = [t for t in (hidden, head.weight, head.bias) if t is not None]
-    return [loss.detach(), *torch.autograd.grad(loss / 7, wanted)]
+    gradients = torch.autograd.grad(found.loss / 7, wanted)
+    return [torch.stack([each.detach() for each in found]), *gradients]
 
 
 @pytest.mark.parametrize("beta", BETAS)
@@ -69,10 +77,10 @@ def test_the_reference_is_the_definition(beta, temperature):
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("temperature", [1.0, 0.9])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("chunk_rows", [None, 5])
-def test_loss_and_gradients_equal_the_reference(beta, temperature, bias, chunk_rows):
+@pytest.mark.parametrize(("chunk_rows", "mix"), [(None, 0.0), (5, 0.0), (5, 0.3)])
+def test_loss_and_gradients_equal_the_reference(beta, temperature, bias, chunk_rows, mix):
     given = inputs(bias=bias)
-    options = {"beta": beta, "temperature": temperature}
+    options = {"beta": beta, "temperature": temperature, "mix": mix}
     wanted = loss_and_gradients(plainly, given, **options)
     got = loss_and_gradients(linear_divergence, given, chunk_rows=chunk_rows, **options)
     for mine, theirs in zip(got, wanted, strict=True):
@@ -86,15 +94,17 @@ def test_the_gradients_are_those_of_finite_differences(beta):
     def call(hidden, weight, bias):
         own = OutputHead(weight, bias, head.scale, head.softcap)
         return linear_divergence(
-            hidden, own, teacher_hidden, teacher_head, labels, beta=beta, chunk_rows=2
-        )
+            hidden, own, teacher_hidden, teacher_head, labels, beta=beta, mix=0.2, chunk_rows=2
+        ).loss
 
     assert torch.autograd.gradcheck(call, (hidden, head.weight, head.bias))
 
 
 def test_the_teacher_gets_no_gradient():
     given = inputs()
-    linear_divergence(*given).backward()
+    found = linear_divergence(*given)
+    assert not found.divergence.requires_grad and not found.cross_entropy.requires_grad
+    found.loss.backward()
     assert given[2].grad is None
     assert given[3].weight.grad is None
     assert given[0].grad.abs().max() > 0
@@ -103,7 +113,7 @@ def test_the_teacher_gets_no_gradient():
 def test_equal_models_are_at_no_distance_and_at_rest():
     hidden, head, *_, labels = inputs()
     for beta in BETAS:
-        loss, *gradients = loss_and_gradients(
+        (loss, *_), *gradients = loss_and_gradients(
             linear_divergence, (hidden, head, hidden, head, labels), beta=beta
         )
         assert abs(loss.item()) < 1e-12
@@ -131,7 +141,7 @@ def test_autocast_narrows_the_products_and_keeps_results_close(beta):
 
 def test_a_second_backward_through_a_kept_graph_gives_the_same_gradients():
     given = inputs()
-    loss = linear_divergence(*given) * 3
+    loss = linear_divergence(*given).loss * 3
     first = torch.autograd.grad(loss, [given[0], given[1].weight], retain_graph=True)
     second = torch.autograd.grad(loss, [given[0], given[1].weight])
     for a, b in zip(first, second, strict=True):
@@ -147,7 +157,7 @@ def test_what_cannot_be_compared_is_refused():
         linear_divergence(hidden, head, teacher_hidden, teacher_head, labels, beta=1.5)
 
 
-def cut_vocabulary(beta, bias):
+def cut_vocabulary(beta, bias, mix):
     """Loss and gradients of one rank's part of both vocabularies, in fp64."""
     hidden, head, teacher_hidden, teacher_head, labels = inputs(bias=bias)
     rank, rows = dist.get_rank(), len(head.weight) // dist.get_world_size()
@@ -161,15 +171,20 @@ def cut_vocabulary(beta, bias):
         return OutputHead(weight, offset, whole.scale, whole.softcap, dist.group.WORLD)
 
     given = (hidden, part(head), teacher_hidden, part(teacher_head), labels)
-    values = loss_and_gradients(linear_divergence, given, beta=beta, temperature=0.9, chunk_rows=5)
+    options = {"beta": beta, "temperature": 0.9, "mix": mix}
+    values = loss_and_gradients(linear_divergence, given, chunk_rows=5, **options)
     return [value.numpy() for value in values]
 
 
 @pytest.mark.parametrize("workers", [2, 4])
-@pytest.mark.parametrize(("beta", "bias"), [(0.0, False), (0.1, True), (0.5, False), (1.0, True)])
-def test_a_cut_vocabulary_gives_what_the_whole_one_does(workers, beta, bias):
-    wanted = loss_and_gradients(plainly, inputs(bias=bias), beta=beta, temperature=0.9)
-    parts = run_on(workers, cut_vocabulary, beta, bias)
+@pytest.mark.parametrize(
+    ("beta", "bias", "mix"),
+    [(0.0, False, 0.0), (0.1, True, 0.4), (0.5, False, 0.0), (1.0, True, 0.0)],
+)
+def test_a_cut_vocabulary_gives_what_the_whole_one_does(workers, beta, bias, mix):
+    options = {"beta": beta, "temperature": 0.9, "mix": mix}
+    wanted = loss_and_gradients(plainly, inputs(bias=bias), **options)
+    parts = run_on(workers, cut_vocabulary, beta, bias, mix)
     per_rank = [[torch.from_numpy(value) for value in part] for part in parts]
     losses, for_hidden, *for_rows = zip(*per_rank, strict=True)
     for loss in losses:  # equal on all

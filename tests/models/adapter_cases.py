@@ -12,8 +12,9 @@ from tests.models.cases import hf_config, randomise
 from trainwright.models.adapter_init import initialise_adapter
 from trainwright.models.adapter_spec import AdapterSpec
 from trainwright.models.adapters import add_adapter
-from trainwright.models.decoder import Decoder, OutputHead
+from trainwright.models.decoder import Decoder
 from trainwright.models.families import decoder_config
+from trainwright.models.output_head import OutputHead
 from trainwright.models.weights import new_model
 from trainwright.models.whole_copies import head_weight
 

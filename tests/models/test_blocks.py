@@ -8,8 +8,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from tests.models.cases import CASES, hf_config, randomise, tokens
-from trainwright.models.decoder import Decoder, OutputHead
+from trainwright.models.decoder import Decoder
 from trainwright.models.families import decoder_config
+from trainwright.models.output_head import OutputHead
 
 SEGMENTS = torch.tensor([[0] * 5 + [1] * 6 + [-1]] * 2)
 

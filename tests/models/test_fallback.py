@@ -11,8 +11,8 @@ from torch import Tensor
 
 from tests.models.cases import randomise, tokens
 from trainwright.errors import UserError
-from trainwright.models.decoder import OutputHead
 from trainwright.models.fallback import FallbackModel
+from trainwright.models.output_head import OutputHead
 from trainwright.models.weights import load_model
 
 SMALL = {"vocab_size": 97, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}

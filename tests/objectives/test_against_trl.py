@@ -7,6 +7,7 @@ import os
 import pytest
 import torch
 
+from tests.objectives import distilling
 from trainwright.objectives import odds, preference, reward, unpaired
 from trainwright.objectives.log_probs import PairScores, pair_scores, sequence_scores
 from trainwright.objectives.preference import LOSSES, PreferenceOptions, preference_losses
@@ -191,27 +192,15 @@ def test_reward_model(trl, center, with_margins):
 @pytest.mark.parametrize("beta", [0.0, 0.3, 0.5, 1.0])
 @pytest.mark.parametrize("temperature", [1.0, 0.9])
 def test_distillation(trl, beta, temperature):
-    from trainwright.models.decoder import OutputHead
-    from trainwright.objectives.distill import distillation_loss
-
-    generator = torch.Generator().manual_seed(4)
-    hidden, teacher_hidden = (torch.randn(2, 5, 8, generator=generator) for _ in range(2))
-    hidden.requires_grad_()
-    weight, teacher_weight = (torch.randn(17, 8, generator=generator) for _ in range(2))
-    labels = torch.tensor([[-100, 1, 2, 3, -100], [4, -100, 5, 6, 7]])
-    ours, number = distillation_loss(
-        hidden,
-        OutputHead(weight),
-        teacher_hidden,
-        OutputHead(teacher_weight),
-        labels,
-        beta=beta,
-        temperature=temperature,
-    )
+    student, teacher = distilling.student(), distilling.teacher()
+    batch = distilling.batch(student)
+    ours, _ = distilling.loss(student, teacher, batch, beta=beta, temperature=temperature)
+    logits = [model(batch["input_ids"], **distilling.layout(batch)) for model in (student, teacher)]
     settings = {"beta": beta, "temperature": temperature}
-    theirs = trl.jsd(hidden @ weight.T, teacher_hidden @ teacher_weight.T, labels, **settings)
-    assert number == 7
-    equal_with_gradients(ours, theirs, hidden, 5e-6)
+    theirs = trl.jsd(logits[0], logits[1].detach(), batch["labels"], **settings)
+    trained = int((batch["labels"] != -100).sum())
+    weight = student.model.layers["0"].mlp.down_proj.weight
+    equal_with_gradients(ours / trained, theirs / trained, weight, 2e-6)
 
 
 def test_pairs_are_what_the_comparison_meant():

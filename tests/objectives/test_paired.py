@@ -21,7 +21,7 @@ from trainwright.objectives.sequences import score_answers
 from trainwright.parallel.spread import whole_model
 from trainwright.recipe.objective import Objective as Section
 from trainwright.training.micro_batches import to_tensors
-from trainwright.training.reference import Reference
+from trainwright.training.reference import ReferenceModel
 from trainwright.training.sameness import made_examples, rows_of
 
 CPU = torch.device("cpu")
@@ -113,7 +113,7 @@ def test_packed_and_accumulated_is_the_mean_over_lone_examples(kind: Any, pieces
     objective, whole = build_objective(section), batch()
     weights = objective.weights(whole)
 
-    spread, reference = whole_model(model, CPU), Reference(whole_model(still, CPU))
+    spread, reference = whole_model(model, CPU), ReferenceModel(whole_model(still, CPU))
     rows = len(whole.input_ids) // pieces
     tensors = [
         to_tensors(whole, start, start + rows, spread, None)
@@ -158,7 +158,7 @@ def test_the_first_step_s_loss_is_ln_2() -> None:
     objective, whole = build_objective(Section(kind="dpo")), batch()
     spread = whole_model(model, CPU)
     tensors = [to_tensors(whole, 0, len(whole.input_ids), spread, None)]
-    Reference(spread).attach(objective, spread, tensors)
+    ReferenceModel(spread).attach(objective, spread, tensors)
     sums, _ = objective(model, tensors[0])
     assert sums["pairs"].item() / whole.examples == pytest.approx(np.log(2), abs=1e-7)
 

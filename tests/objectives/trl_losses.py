@@ -129,12 +129,18 @@ def reward(
     chosen: Tensor, rejected: Tensor, margins: Tensor | None, center: float | None
 ) -> tuple[Tensor, dict[str, float]]:
     """TRL's mean loss of a reward model, and metrics, of scores [pairs]."""
-    trainer = _trainer(args=SimpleNamespace(center_rewards_coefficient=center))
     scores = torch.cat([chosen, rejected]).unsqueeze(-1)
     inputs = {"attention_mask": torch.ones(len(scores), 1, dtype=torch.int64)}
     if margins is not None:
         inputs["margin"] = margins
-    model = lambda **_: SimpleNamespace(logits=scores)  # noqa: E731
+    return reward_of(lambda **_: SimpleNamespace(logits=scores), inputs, center)
+
+
+def reward_of(
+    model: Any, inputs: dict[str, Tensor], center: float | None
+) -> tuple[Tensor, dict[str, float]]:
+    """The same of a model, on what TRL's collator makes of pairs."""
+    trainer = _trainer(args=SimpleNamespace(center_rewards_coefficient=center))
     return RewardTrainer.compute_loss(trainer, model, inputs), _metrics(trainer)
 
 

@@ -12,8 +12,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from trainwright.models.decoder import Decoder, OutputHead, Span
+from trainwright.models.decoder import Decoder, Span
 from trainwright.models.families import decoder_config, new_hf_config
+from trainwright.models.output_head import OutputHead
 from trainwright.parallel.mesh import Mesh, build_mesh
 from trainwright.parallel.pipeline import Pipeline
 from trainwright.parallel.spread import SpreadModel, own_stages, spread

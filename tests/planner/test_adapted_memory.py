@@ -32,7 +32,7 @@ def test_states_are_those_of_the_tensors(quantise: str) -> None:
     held = sum(t.numel() * t.element_size() for t in tensors)
     held += sum(12 * p.numel() for p in model.parameters() if p.requires_grad)
     plan = replace(Plan.alone(), precision="fp32")
-    assert memory.adapted_state_bytes(config, plan, adapter) == pytest.approx(held, rel=0.02)
+    assert memory.adapted_state_bytes(config, plan, adapter).total == pytest.approx(held, rel=0.02)
     assert all(p.dtype == torch.float32 for p in model.parameters() if p.requires_grad)
 
 
@@ -46,7 +46,7 @@ def test_a_large_model_fits_with_a_quantised_base_only() -> None:
         "training": {"steps": 1},
     }  # fmt: skip
     machine = Machine(devices=1, device_kind="cuda", cores=8, memory_bytes=24 * 10**9)
-    with pytest.raises(UserError, match="adamw-8bit"):
+    with pytest.raises(UserError, match="choose a smaller model"):
         make_plan(Recipe.model_validate(values), machine)
     with pytest.raises(UserError, match="quantise: nf4"):
         make_plan(Recipe.model_validate(values | {"adapter": {"rank": 16}}), machine)

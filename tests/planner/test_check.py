@@ -165,6 +165,11 @@ CASES: dict[str, tuple[str, str, str, str, list[str]]] = {
         "  batch_sequences: 4\nschedule: {name: wsd, warmup: 0.5, decay: 0.6}", "13",
         "schedule.decay", ["more than the run"],
     ),
+    "texts to show of a model that writes none": (
+        "  train: {vocab_size: 4096}", "  path: bytes\nobjective: reward\n"
+        "evaluation: {samples: {prompts: [hello]}}", "7", "evaluation.samples.prompts",
+        ["writes no text"],
+    ),
     "best of nothing": (
         "  sequence_length: 64", "  sequence_length: 64\n  validation: 0\n"
         "checkpoint: {keep_best: true}", "11", "checkpoint.keep_best",
@@ -290,6 +295,28 @@ def test_pretrained_config_that_is_illegal_or_unknown(folder: Path) -> None:
     (folder / "model" / "config.json").write_text("{")
     [(_, _, message)] = found(folder, PRETRAINED)
     assert "is not a JSON object" in message
+
+
+def test_models_with_another_head_than_the_objective_asks_for(folder: Path) -> None:
+    make_model(folder / "ranks", architectures=["LlamaForSequenceClassification"], id2label={0: ""})
+    make_model(folder / "writes")
+    make_model(folder / "granite", model_type="granite")
+    make_model(folder / "other", model_type="gpt2")
+    for name, objective, says in (
+        ("ranks", "sft", "it is a reward model, which writes no text"),
+        ("ranks", "reward", None),
+        ("writes", "reward", None),
+        ("granite", "reward", "no class for reward models of the family granite"),
+        ("other", "reward", "no class for reward models of the family gpt2"),
+    ):
+        text = PRETRAINED.replace("./model", f"./{name}") + f"objective: {objective}\n"
+        messages = [message for _, key, message in found(folder, text) if key == "model"]
+        assert len(messages) == (says is not None)
+        assert all(says in message for message in messages)
+    text = (
+        PRETRAINED.replace("./model", "./writes") + "objective: {kind: dpo, reference: ./ranks}\n"
+    )
+    assert [key for _, key, _ in found(folder, text)] == ["objective.reference"]
 
 
 def test_packages_that_are_not_installed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

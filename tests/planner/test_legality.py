@@ -21,7 +21,7 @@ from trainwright.planner.legality import (
 )
 from trainwright.planner.plan import Plan
 from trainwright.planner.rules import RULES
-from trainwright.recipe.schema import Adapter, Parallel, Training
+from trainwright.recipe.schema import EIGHT_BIT, PAGED, Adapter, Parallel, Training
 
 SHAPE = {
     "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 6,
@@ -115,6 +115,10 @@ CASES: dict[str, tuple[dict[str, Any], str, str]] = {
                        "write `dp_replicate: 4`"),
     "eight-bit-cut": ({"optimizer": "adamw-8bit", "tp": 2}, "scales its state by blocks",
                       "write `tp: 1`"),
+    "paged-device": ({"optimizer": "paged-adamw-8bit", "device": "cpu"}, "here is no GPU",
+                     "write `name: adamw-8bit`"),
+    "paged-offload": ({"optimizer": "paged-adamw", "offload": "optimizer", "device": "cuda"},
+                      "offload optimizer has it there already", "write `offload: none`"),
     "compiler": ({"compile": True, "has_compiler": False}, "needs a C compiler",
                  "write `compile: auto`"),
     "compile-split-backward": ({"compile": True, "pp": 2, "schedule": "zero_bubble"},
@@ -164,7 +168,7 @@ def test_whatever_is_asked_for_the_proposal_is_legal() -> None:
         "virtual_stages": [1, 2, 3], "cp_method": ["ring", "all_gather", "ulysses"],
         "offload": ["none", "optimizer", "parameters"], "recompute": ["none", "full", 0.5],
         "dropout": [0.0, 0.1], "compile": ["auto", True, False],
-        "precision": ["bf16", "fp32", "float8"], "optimizer": ["adamw", "muon", "adamw-8bit"],
+        "precision": ["bf16", "fp32", "float8"], "optimizer": ["adamw", "muon", *EIGHT_BIT, *PAGED],
         "sequence_length": [96, 100, 64], "rows": [7, 8, 12, 16], "micro_batch": [None, 1, 3],
         "stage_layers": [(), (3, 3), (5, 2)], "recompute_by_stage": [(), ("full", "none")],
         "dp_shard": [None, 1, 2, 3], "dp_replicate": [None, 1, 2],

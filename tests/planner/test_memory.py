@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from trainwright.models.decoder import Decoder
+from trainwright.models.decoder import Decoder, Span
 from trainwright.models.families import DecoderConfig, decoder_config, new_hf_config
+from trainwright.models.scoring import with_head
 from trainwright.optim.optimizers import build_optimizers
 from trainwright.planner.memory import (
     activation_bytes,
@@ -154,6 +155,20 @@ def test_every_parameter_is_known_with_its_shape(family: str) -> None:
         assert sorted(weight.shape for weight in block_weights(config, layer)) == built
     whole = [w for group in stage_weights(config, plan_of(), 0) for w in group]
     assert sum(w.elements(plan_of()) for w in whole) == sum(p.numel() for p in model.parameters())
+
+
+def test_a_reward_model_holds_no_logits_and_its_last_stage_no_embedding() -> None:
+    hf = new_hf_config("llama", {**SHAPE, "tie_word_embeddings": True}, 300)
+    config = decoder_config(with_head(hf, scores=True))
+    with torch.device("meta"):
+        model = Decoder(config)
+        last = Decoder(config, Span(2, 4, embeds=False))
+    plan = plan_of(world_size=2, pp=2, stage_layers=(2, 2))
+    for part, of, stage in ((model, plan_of(), 0), (last, plan, 1)):
+        weights = [w for group in stage_weights(config, of, stage) for w in group]
+        assert sorted(w.shape for w in weights) == sorted(tuple(p.shape) for p in part.parameters())
+    assert head_bytes(config, plan_of()) == 4 * 192
+    assert state_bytes(config, plan_of()).total == 16 * parameter_count(config)
 
 
 def test_zero_shards_more_with_each_stage() -> None:

@@ -10,6 +10,7 @@ import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 from trainwright.models.families import decoder_config, new_hf_config
+from trainwright.models.scoring import with_head
 from trainwright.planner.shapes import (
     count_parameters,
     flops_per_token,
@@ -113,6 +114,20 @@ def test_parameters_are_those_of_transformers(family: str, keys: dict[str, Any])
     spec = decoder_config(config).experts
     active = 1 if spec is None else spec.per_token / spec.count
     assert counted.active == counted.total - inside(model, ".experts.") * (1 - active)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_reward_model_has_a_score_and_no_output_matrix(tied: bool) -> None:
+    plain = new_hf_config("qwen2", {**ODD, "tie_word_embeddings": tied}, VOCABULARY)
+    scored = with_head(plain, scores=True)
+    settings = transformers.AutoConfig.for_model(**scored)
+    with torch.device("meta"):
+        model = transformers.AutoModelForSequenceClassification.from_config(settings)
+    counted = count_parameters(decoder_config(scored))
+    assert counted.total == sum(p.numel() for p in model.parameters())
+    assert counted.head == model.score.weight.numel() == 60
+    less = flops_per_token(decoder_config(plain), 24) - flops_per_token(decoder_config(scored), 24)
+    assert less == 2 * 60 * (VOCABULARY - 1)
 
 
 @pytest.mark.parametrize(("family", "keys"), CASES, ids=lambda case: str(case)[:60])

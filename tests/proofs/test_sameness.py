@@ -45,3 +45,14 @@ def test_sliding_windows_on_eight_workers():
         "examples/quickstart.yaml", "model.family=mistral", "--world-size", "8", "--plans", "30"
     )
     assert sum(plan["cp"] > 1 for plan in plans) >= 10
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [[], ["objective=dpo"], ["adapter.rank=8"], ["objective=dpo", "adapter.rank=8"]],
+    ids=["sft", "dpo", "lora", "dpo with lora"],
+)
+def test_fine_tuning_on_four_workers(overrides):
+    plans = verified("examples/sft.yaml", *overrides, "--world-size", "4", "--plans", "20")
+    assert len({json.dumps(plan) for plan in plans}) == 20
+    assert {axis for plan in plans for axis in AXES if plan[axis] > 1} >= {"pp", "tp", "cp"}

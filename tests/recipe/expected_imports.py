@@ -76,7 +76,7 @@ WHOLE: dict[str, dict[str, Any]] = {
             "precision": "bf16",
             "recompute": "full",
         },
-        "optimizer": {"name": "adamw-8bit", "learning_rate": 5e-6, **ADAMW},
+        "optimizer": {"name": "paged-adamw-8bit", "learning_rate": 5e-6, **ADAMW},
         "schedule": {"name": "linear", "warmup": 10, "final": 0.0},
         "parallel": {"zero": 2},
         "tracking": {"log_every": 5},
@@ -151,7 +151,7 @@ WHOLE: dict[str, dict[str, Any]] = {
             "gradient_clip": None,
         },
         "optimizer": {
-            "name": "adamw-8bit",
+            "name": "paged-adamw-8bit",
             "learning_rate": 5e-4,
             "weight_decay": 0.05,
             "betas": [0.9, 0.999],
@@ -180,6 +180,26 @@ WHOLE: dict[str, dict[str, Any]] = {
         "evaluation": {"every": 50},
         "tracking": {"log_every": 25},
     },
+    "trl_reward.json": {
+        "run_directory": "out/reward",
+        "model": {"path": "Qwen/Qwen2-0.5B-Instruct"},
+        "data": {
+            "sources": [{"path": "trl-lib/ultrafeedback_binarized"}],
+            "validation": 0.0,
+            "sequence_length": 4096,
+            "packing": "none",
+        },
+        "objective": {"kind": "reward", "center": 0.01},
+        "training": {
+            "epochs": 3.0,
+            "batch_sequences": 8,
+            "precision": "bf16",
+            "recompute": "full",
+        },
+        "optimizer": {"learning_rate": 1e-5, **ADAMW},
+        "schedule": {"name": "linear", "warmup": 0, "final": 0.0},
+        "tracking": {"to": ["tensorboard", "wandb"]},
+    },
 }
 
 # By hand: single values of the others, and the keys that cannot be carried over.
@@ -192,6 +212,17 @@ PARTS: list[tuple[str, str, Any]] = [
     ("axolotl_chat_full.yaml", "training.activation_offload", True),
     ("axolotl_chat_full.yaml", "checkpoint", {"every": 100, "keep_last": 3}),
     ("axolotl_kto.yaml", "objective.desirable_weight", 0.2),
+    (
+        "torchtune_distill.yaml",
+        "objective",
+        {
+            "kind": "distill",
+            "beta": 0.0,
+            "mix": 0.5,
+            "teacher": "models/large",
+            "train_on": "assistant",
+        },
+    ),
     ("axolotl_kto.yaml", "data.sequence_length", 4096),
     ("axolotl_kto.yaml", "schedule", {"name": "constant", "warmup": 20, "final": 0.0}),
     ("axolotl_pretrain.yaml", "objective", {"kind": "next_token"}),
@@ -200,6 +231,7 @@ PARTS: list[tuple[str, str, Any]] = [
     ("axolotl_pretrain.yaml", "training.gradient_clip", 0.5),
     ("axolotl_qlora_fsdp.yaml", "adapter.plus_ratio", 16),
     ("axolotl_qlora_fsdp.yaml", "adapter.quantise", "nf4"),
+    ("axolotl_qlora_fsdp.yaml", "export.push", "somebody/llama-70b-qlora"),
     ("axolotl_qlora_fsdp.yaml", "data.packing", "none"),  # YAML 1.1's `no`
     ("axolotl_qlora_fsdp.yaml", "optimizer.betas", [0.9, 0.95]),
     ("axolotl_qlora_fsdp.yaml", "parallel", {"zero": 3, "offload": "parameters"}),
@@ -235,6 +267,18 @@ PARTS: list[tuple[str, str, Any]] = [
         {"path": "identity.json", "format": "alpaca", "limit": 1000},
     ),
     ("llama_factory_sft.yaml", "data.sources.1.format", "sharegpt"),
+    ("llama_factory_reward.yaml", "objective", {"kind": "reward"}),
+    (
+        "llama_factory_reward.yaml",
+        "adapter",
+        {"rank": 16, "alpha": 32, "targets": "all-linear", "dora": True},
+    ),
+    (
+        "llama_factory_reward.yaml",
+        "data.sources",
+        [{"path": "dpo_en_demo.json", "format": "preference"}],
+    ),
+    ("llama_factory_reward.yaml", "data.sequence_length", 4096),  # two of `cutoff_len`'s 2,048
     ("llama_factory_sft.yaml", "evaluation.every", 500),
     (
         "torchtune_lora.yaml",
@@ -258,15 +302,17 @@ LOST = {
     },
     "axolotl_pretrain.yaml": {"unfrozen_parameters"},
     "axolotl_qlora_fsdp.yaml": {
-        *("loraplus_lr_embedding", "datasets.1.type.format", "fsdp_config.fsdp_moon_phase"),
-        "hub_model_id",
+        *("loraplus_lr_embedding", "datasets.1.type.format", "fsdp_config.fsdp_moon_phase")
     },
     "llama_factory_dpo.yaml": set(),
     "llama_factory_full_zero3.yaml": {"save_strategy"},
     "llama_factory_kto_qlora.yaml": {"template"},
     "llama_factory_pretrain.yaml": {"pissa_convert", "wandb_watch_everything"},
+    "llama_factory_reward.yaml": set(),
     "llama_factory_sft.yaml": set(),
+    "torchtune_distill.yaml": set(),
     "torchtune_dpo.yaml": {"dataset.1.new_system_prompt"},
     "torchtune_lora.yaml": set(),
     "trl_dpo.yaml": {"no_remove_unused_columns"},
+    "trl_reward.json": set(),
 }

@@ -12,17 +12,13 @@ from typing import Any
 import pytest
 
 from tests.recipe.expected_imports import LOST, PARTS, WHOLE
-from trainwright.errors import UserError
 from trainwright.recipe.importers import Imported, import_config, to_yaml
 from trainwright.recipe.load import load_recipe
 from trainwright.recipe.schema import Recipe
 from trainwright.recipe.yaml_text import parse
 
 FOREIGN = Path(__file__).parent / "foreign"
-# Of objectives that there are no recipes for.
-BEYOND = ("llama_factory_reward.yaml", "torchtune_distill.yaml", "trl_reward.json")
-LEFT_OUT = (*BEYOND, "dataset_info.json")
-EXAMPLES = sorted(each.name for each in FOREIGN.iterdir() if each.name not in LEFT_OUT)
+EXAMPLES = sorted(each.name for each in FOREIGN.iterdir() if each.name != "dataset_info.json")
 
 
 def imported(name: str) -> Imported:
@@ -71,12 +67,6 @@ def test_notes_name_the_line_and_say_why(name: str) -> None:
         if file and line.isdecimal():
             last = note.key.rpartition(".")[2]
             assert last in text[int(line) - 1] or (last.isdecimal() and "-" in text[int(line) - 1])
-
-
-@pytest.mark.parametrize("name", BEYOND)
-def test_objectives_that_recipes_do_not_have_are_refused(name: str) -> None:
-    with pytest.raises(UserError, match="recipes have no such objective"):
-        import_config(FOREIGN / name)
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -137,3 +127,14 @@ def test_a_key_that_nobody_knows() -> None:
     note = notes["wandb_watch_everything"]
     assert (note.kind, note.reason, note.value) == ("unsupported", "not known", True)
     assert note.where.endswith("llama_factory_pretrain.yaml:21")
+
+
+def test_axolotl_s_reward_models(tmp_path: Path) -> None:
+    file = tmp_path / "reward.yml"
+    file.write_text(
+        "base_model: a/b\nreward_model: true\ncenter_rewards_coefficient: 0.02\n"
+        "learning_rate: 1e-5\ndatasets: [{path: d, type: bradley_terry.chat_template}]\n"
+    )
+    recipe = import_config(file).recipe
+    assert recipe["objective"] == {"kind": "reward", "center": 0.02}
+    assert recipe["data"]["sources"] == [{"path": "d", "format": "preference"}]

@@ -10,14 +10,13 @@ from typing import Any
 
 import pytest
 
-from tests.recipe.test_importers import BEYOND
 from trainwright.errors import UserError
 from trainwright.recipe.importers import Imported, import_config, import_document, to_yaml
 from trainwright.recipe.importers.notes import leaves
 from trainwright.recipe.yaml_text import Document, parse
 
 FOREIGN = Path(__file__).parent / "foreign"
-YAML_EXAMPLES = sorted(file for file in FOREIGN.glob("*.yaml") if file.name not in BEYOND)
+YAML_EXAMPLES = sorted(FOREIGN.glob("*.yaml"))
 
 
 def from_text(folder: Path, text: str, **options: Any) -> Imported:
@@ -50,6 +49,17 @@ def test_a_command_line_with_a_launcher() -> None:
     given = {word.lstrip("-").removeprefix("no_") for word in words if word.startswith("--")}
     assert given <= set(note_kinds(result))
     assert note_kinds(result)["eos_token"] == "unsupported"
+
+
+def test_a_push_to_the_hub_needs_a_name(tmp_path: Path) -> None:
+    line = "trl sft --model_name_or_path m --dataset_name d --push_to_hub"
+    named, bare = f"{line} --hub_model_id me/tuned --hub_private_repo", line
+    for text, export in ((named, {"push": "me/tuned", "private": True}), (bare, None)):
+        file = tmp_path / "run.sh"
+        file.write_text(text + "\n")
+        result = import_config(file)
+        assert result.recipe.get("export") == export
+        assert (note_kinds(result)["push_to_hub"] == "unsupported") == (export is None)
 
 
 def test_a_command_line_as_words_and_as_json(tmp_path: Path) -> None:

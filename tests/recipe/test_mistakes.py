@@ -110,7 +110,7 @@ CASES: dict[str, tuple[str, str, int, str, list[str]]] = {
     ),
     "none of the choices, near one": (
         "  name: adamw", "  name: adamv", 14, "optimizer.name",
-        ["expected `adamw`, `muon` or `adamw-8bit`", "did you mean `adamw`?"],
+        ["`muon`, `adamw-8bit`, `paged-adamw`", "did you mean `adamw`?"],
     ),
     "none of the choices in a shorthand": (
         "schedule: cosine", "schedule: cosinus", 16, "schedule.name",

@@ -50,11 +50,13 @@ def test_json_schema_is_closed_described_and_allows_shorthands() -> None:
         choices = definition.get("anyOf", [definition])
         section = choices[-1]
         assert section["additionalProperties"] is False
-        plain = name in {"TokenizerSection", "Source", "Optimizer", "Schedule", "Objective"}
+        plain = name in {"TokenizerSection", "Source", "Optimizer", "Schedule", "Objective", "Task"}
         assert ({"type": "string"} in choices) is plain
         for field in section["properties"].values():
             assert field["description"] or "$ref" in field
 
     optimizer = schema["$defs"]["Optimizer"]["anyOf"][-1]["properties"]
-    assert optimizer["name"]["enum"] == ["adamw", "muon", "adamw-8bit"]
+    assert optimizer["name"]["enum"] == [
+        *("adamw", "muon", "adamw-8bit", "paged-adamw", "paged-adamw-8bit")
+    ]
     assert optimizer["learning_rate"]["exclusiveMinimum"] == 0

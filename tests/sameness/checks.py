@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from trainwright.models.families import new_hf_config
+from trainwright.models.scoring import with_head
 from trainwright.parallel.world import World
 from trainwright.planner.plan import Plan
 from trainwright.recipe.schema import Recipe
@@ -44,13 +45,13 @@ LATENT = {
 }
 
 
-def config_of(family: str, **keys: Any) -> dict[str, Any]:
-    """The small model of a family that `verify` would make."""
+def config_of(family: str, scores: bool = False, **keys: Any) -> dict[str, Any]:
+    """The small model of a family that `verify` would make; one that `scores` for `reward`."""
     shape = {**SHAPE, **(LATENT if family == "deepseek_v3" else {}), **keys}
-    return shrunk(new_hf_config(family, shape, 128))
+    return shrunk(with_head(new_hf_config(family, shape, 128), scores=scores))
 
 
-def recipe_of(family: str = "llama", **training: Any) -> Recipe:
+def recipe_of(family: str = "llama", objective: Any = "next_token", **training: Any) -> Recipe:
     """A recipe's settings as `verify` takes them."""
     recipe = Recipe.model_validate(
         {
@@ -59,6 +60,7 @@ def recipe_of(family: str = "llama", **training: Any) -> Recipe:
             "tokenizer": {"path": "bytes"},
             "data": {"sources": ["python-stdlib"]},
             "training": {"steps": 5, **training},
+            "objective": objective,
         }
     )
     return settings_of(recipe)

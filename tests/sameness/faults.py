@@ -15,6 +15,7 @@ import torch.distributed as dist
 from tests.sameness.checks import replaced
 from trainwright.kernels import cross_entropy
 from trainwright.models.decoder import Block, Trunk
+from trainwright.models.output_head import OutputHead
 from trainwright.models.router_balance import RouterBalance
 from trainwright.parallel import gradients, spread
 from trainwright.parallel.context import ContextParallel
@@ -224,4 +225,28 @@ def the_balance_loss_counts_once_a_tp_rank(plan: Plan) -> Iterator[None]:
         return observe(self, *arguments)
 
     with replaced(RouterBalance, "observe", counted):
+        yield
+
+
+@fault
+def a_score_counts_once_a_tp_rank(plan: Plan) -> Iterator[None]:
+    def whole(self: OutputHead, hidden: torch.Tensor) -> torch.Tensor:
+        return (hidden.float() * self.weight.float()).sum(-1)
+
+    with replaced(OutputHead, "scores", whole):
+        yield
+
+
+@fault
+def a_worker_s_last_tokens_pass_for_the_sequences(plan: Plan) -> Iterator[None]:
+    tensors_of = step.to_tensors
+
+    def own_ends(*arguments: Any) -> Any:
+        tensors = tensors_of(*arguments)
+        segments = tensors["own_segments"]
+        following = torch.nn.functional.pad(segments[:, 1:], (0, 1), value=-1)
+        tensors["ends"] = (segments >= 0) & (segments != following)
+        return tensors
+
+    with replaced(step, "to_tensors", own_ends):
         yield

@@ -16,6 +16,8 @@ TIED = ("llama", {"tie_word_embeddings": True}, {})
 MIXTURE = ("mixtral", {"num_local_experts": 8}, {"router_balance_loss": 0.01})
 PLAIN = ("llama", {}, {})
 DROPOUT = ("llama", {}, {"dropout": 0.2})
+# Tied embeddings, of which a reward model has no copy.
+REWARD = ("llama", {"tie_word_embeddings": True, "scores": True}, {"objective": "reward"})
 
 # Each fault with a model and a plan on two workers where it can do harm.
 CASES = {
@@ -35,6 +37,8 @@ CASES = {
     "a_branch_is_not_summed_on_leaving": (PLAIN, {"tp": 2}),
     "a_target_is_looked_up_in_the_wrong_part_of_the_vocabulary": (PLAIN, {"tp": 2}),
     "the_balance_loss_counts_once_a_tp_rank": (MIXTURE, {"tp": 2}),
+    "a_score_counts_once_a_tp_rank": (REWARD, {"tp": 2}),
+    "a_worker_s_last_tokens_pass_for_the_sequences": (REWARD, {"cp": 2}),
 }
 # Where the fault sits, the parameter whose gradient is furthest off tells it.
 NAMED = {
@@ -83,7 +87,7 @@ def test_a_fault_is_caught(fault, reference):
     assert NAMED.get(fault, "") in found.name
 
 
-@pytest.mark.parametrize("case", [PLAIN, TIED, MIXTURE, DROPOUT], ids=lambda case: case[0])
+@pytest.mark.parametrize("case", [PLAIN, TIED, MIXTURE, DROPOUT, REWARD], ids=lambda case: case[0])
 def test_without_a_fault_the_same_plans_pass(case, reference):
     plans = {repr(fields): fields for model, fields in CASES.values() if model is case}
     for fields in plans.values():

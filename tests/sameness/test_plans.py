@@ -70,7 +70,11 @@ FINE_TUNING = [
     ),
     ({"kind": "kto"}, {"rank": 4, "init": "pissa"}, 2, 2),
     ({"kind": "simpo"}, {"rank": 4, "quantise": "int8", "dropout": 0.1}, 2, 2),
+    ({"kind": "distill", "teacher": "unread", "mix": 0.3}, None, 4, 4),
+    ({"kind": "distill", "teacher": "unread", "beta": 0}, {"rank": 4}, 2, 2),
     ({"kind": "orpo"}, {"rank": 4, "quantise": "nf4", "train_also": ["lm_head"]}, 2, 2),
+    ({"kind": "reward", "center": 0.1}, None, 4, 3),
+    ({"kind": "reward"}, {"rank": 4, "targets": ["q_proj", "down_proj"]}, 4, 2),
 ]
 
 
@@ -85,7 +89,8 @@ def test_fine_tuning_plans_train_as_one_process_does(
 ):
     plain = recipe_of("llama").model_dump(exclude_unset=True)
     recipe = Recipe.model_validate(plain | {"objective": objective, "adapter": adapter})
-    found = outcomes(recipe, config_of("llama"), workers, count, monkeypatch)
+    config = config_of("llama", scores=recipe.objective.gives_scores)
+    found = outcomes(recipe, config, workers, count, monkeypatch)
     assert len(found) == count
     for outcome in found:
         assert outcome.passed, f"{verify.in_words(outcome.plan)}: {outcome}"

@@ -15,7 +15,8 @@ from trainwright.errors import UserError
 from trainwright.models.families import decoder_config, new_hf_config
 from trainwright.models.weights import initialise, new_model, save_model
 from trainwright.recipe.schema import Recipe
-from trainwright.training.artifacts import export_run, load_model, open_model
+from trainwright.training.artifacts import load_model, open_model
+from trainwright.training.exporting import export_run
 from trainwright.training.loop import Trainer
 from trainwright.training.run_directory import RunDirectory, default_run_directory
 
@@ -155,7 +156,8 @@ def test_the_reference_of_dpo_is_the_model_without_its_adapter(base, tmp_path) -
     rows = [{"prompt": f"{n} + 1 = ", "chosen": str(n + 1), "rejected": str(n)} for n in range(30)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     losses = {}
-    for name, adapter in (("adapter", {"rank": 4}), ("whole", None)):
+    head = {"rank": 4, "train_also": ["lm_head"]}
+    for name, adapter in (("adapter", {"rank": 4}), ("head", head), ("whole", None)):
         recipe = recipe_of(
             tmp_path, base, file, adapter=adapter, objective={"kind": "dpo"},
             run_directory=str(tmp_path / name),
@@ -169,7 +171,65 @@ def test_the_reference_of_dpo_is_the_model_without_its_adapter(base, tmp_path) -
         assert steps[-1]["rewards/accuracies"] > 0.6
         evaluated = [r for r in map(json.loads, lines) if r["kind"] == "evaluation"]
         assert 0 <= evaluated[-1]["rewards/accuracies"] <= 1
+        load_model(run.path)  # the reference's own head is not in its checkpoint
     assert losses["adapter"] != losses["whole"]
+
+
+def write_pairs(file: Path, rows: int = 30) -> Path:
+    pairs = [
+        {"prompt": f"{n}? ", "chosen": f"yes {n}", "rejected": f"no {n}", "margin": n / rows}
+        for n in range(rows)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    return file
+
+
+@pytest.mark.parametrize("adapter", [None, {"rank": 4}], ids=["whole", "adapter"])
+def test_a_reward_model_is_what_transformers_and_peft_load(adapter, base, tmp_path) -> None:
+    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    classifier = transformers.AutoModelForSequenceClassification
+    recipe = recipe_of(
+        tmp_path, base, write_pairs(tmp_path / "pairs.jsonl"), adapter=adapter,
+        objective={"kind": "reward", "center": 0.01}, training={"steps": 12},
+    )  # fmt: skip
+    run = train(recipe)
+    lines = (run.path / "metrics.jsonl").read_text().splitlines()
+    steps = [record for record in map(json.loads, lines) if record["kind"] == "step"]
+    assert steps[-1]["loss"] < steps[0]["loss"] - 0.05
+    assert steps[-1]["rewards/accuracies"] > 0.7
+    export_run(run, tmp_path / "out")
+    if adapter:
+        export_run(run, tmp_path / "merged", merge=True)
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(str(tmp_path / "out"))
+    asked = ("7? yes 7", "7? no 7", "17")
+    texts = tokenizer(list(asked), padding=True, return_tensors="pt")
+    ours = load_model(run.path)
+    with torch.no_grad():
+        alone = [ours(tokenizer(text, return_tensors="pt")["input_ids"])[0, -1] for text in asked]
+        folder = str(tmp_path / ("merged" if adapter else "out"))
+        theirs = classifier.from_pretrained(folder).eval()
+        assert theirs.config.pad_token_id == tokenizer.pad_token_id != tokenizer.eos_token_id
+        found = theirs(**texts).logits[:, 0]
+        torch.testing.assert_close(found, torch.stack(alone), rtol=1e-5, atol=1e-5)
+        if adapter:
+            plain = classifier.from_pretrained(str(base), num_labels=1)
+            plain.config.pad_token_id = tokenizer.pad_token_id
+            adapted = peft.PeftModel.from_pretrained(plain, str(tmp_path / "out")).eval()
+            assert adapted.peft_config["default"].task_type == "SEQ_CLS"
+            found = adapted(**texts).logits[:, 0]
+            torch.testing.assert_close(found, torch.stack(alone), rtol=1e-5, atol=1e-5)
+    if not adapter:  # and it can be trained on, but asked for no text
+        for made in (run.path, tmp_path / "out"):
+            with pytest.raises(UserError, match="is a reward model"):
+                open_model(made)
+        again = recipe_of(
+            tmp_path, tmp_path / "out", tmp_path / "pairs.jsonl", objective="reward",
+            training={"steps": 1}, optimizer={"learning_rate": 1e-9},
+            run_directory=str(tmp_path / "again"),
+        )  # fmt: skip
+        further = load_model(train(again).path)
+        torch.testing.assert_close(further.score.weight, ours.score.weight)
 
 
 def test_answers_end_where_the_template_ends_them(base, chats, tmp_path) -> None:
@@ -215,8 +275,9 @@ def test_rows_that_cannot_be_trained_on_are_named(base, tmp_path) -> None:
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(UserError) as refused:
         train(recipe_of(tmp_path, base, file))
-    [mistake] = refused.value.mistakes
+    mistake, all_of_them = refused.value.mistakes
     assert mistake.where == "mixed.jsonl:2" and mistake.fix
+    assert "1 of 5 rows" in all_of_them.what and "bad_rows" in all_of_them.fix
     recipe = recipe_of(
         tmp_path, base, file, data={"bad_rows": "drop", "validation": 0}, training={"steps": 1}
     )

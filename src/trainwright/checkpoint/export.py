@@ -26,6 +26,7 @@ from trainwright.files import sync_directory, write_atomically, write_json
 from trainwright.models.disk_names import is_stacked, names_on_disk
 from trainwright.models.families import FAMILIES, decoder_config
 from trainwright.models.safetensors_files import INDEX, SINGLE
+from trainwright.models.scoring import gives_scores
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -65,11 +66,7 @@ def export_checkpoint(
     root, destination = Path(checkpoints), Path(destination).absolute()
     if dtype not in DTYPES:
         raise UserError(f"there is no dtype {dtype}", fix=f"choose one of {', '.join(DTYPES)}")
-    manifest = integrity.open_manifest(root, step)
-    damaged = integrity.verify_files(root, step, _model_files(manifest))
-    if damaged:
-        raise UserError(damaged)
-    entries = _entries(step_directory(root, step), manifest, hf_config, DTYPES[dtype])
+    entries = model_entries(root, step, hf_config, DTYPES[dtype])
     needed = sum(entry.bytes for entry in entries)
     with new_export(destination, {"step": step, "dtype": dtype}, needed=needed) as beside:
         _write_weights(beside, entries, shard_bytes)
@@ -117,9 +114,24 @@ def write_companions(
     dtype: str,
     generation_config: Mapping[str, Any] | None,
 ) -> None:
-    """config.json and generation_config.json of a model in `dtype`."""
+    """config.json of a model in `dtype`, and generation_config.json of one that writes."""
     write_json(directory / "config.json", _config(hf_config, DTYPES[dtype]))
+    if gives_scores(hf_config):
+        return
     write_json(directory / "generation_config.json", _generation(hf_config, generation_config))
+
+
+def model_entries(
+    checkpoints: Path | str, step: int, hf_config: Mapping[str, Any], dtype: torch.dtype
+) -> list[Entry]:
+    """A saved model's weights in `dtype` under the names that they have in Hugging Face's files,
+    each read when asked for. UserError where the checkpoint is damaged."""
+    root = Path(checkpoints)
+    manifest = integrity.open_manifest(root, step)
+    damaged = integrity.verify_files(root, step, _model_files(manifest))
+    if damaged:
+        raise UserError(damaged)
+    return _entries(step_directory(root, step), manifest, hf_config, dtype)
 
 
 def read_model_tensors(checkpoints: Path | str, step: int) -> dict[str, Tensor]:
@@ -133,60 +145,6 @@ def read_model_tensors(checkpoints: Path | str, step: int) -> dict[str, Tensor]:
     return {
         name: read_tensor(directory, tensor) for name, tensor in _model_tensors(manifest).items()
     }
-
-
-def model_card(
-    *,
-    name: str,
-    recipe_yaml: str,
-    metrics: Mapping[str, float | int | str],
-    base_model: str | None = None,
-) -> str:
-    """README.md of an export: front matter for the hub, how to load it, its numbers, its recipe."""
-    front = {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["trainwright"],
-        **({"base_model": base_model} if base_model else {}),
-    }
-    # JSON is YAML: quoting is taken care of.
-    lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in front.items()]
-    rows = [f"| {key} | {_figure(value)} |" for key, value in metrics.items()]
-    fence = "```"
-    while fence in recipe_yaml:
-        fence += "`"
-    return "\n".join(
-        [
-            "---",
-            *lines,
-            "---",
-            "",
-            f"# {name}",
-            "",
-            "Trained with Trainwright from the recipe below.",
-            "",
-            "```python",
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
-            "",
-            'model = AutoModelForCausalLM.from_pretrained("path/to/this/directory")',
-            'tokenizer = AutoTokenizer.from_pretrained("path/to/this/directory")',
-            "```",
-            *(["", "## Results", "", "| | |", "|---|---|", *rows] if rows else []),
-            "",
-            "## Recipe",
-            "",
-            f"{fence}yaml",
-            recipe_yaml.rstrip("\n"),
-            fence,
-            "",
-        ]
-    )
-
-
-def _figure(value: float | int | str) -> str:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(value)
-    return f"{value:,}" if isinstance(value, int) else f"{value:.5g}"
 
 
 def _model_tensors(manifest: Manifest) -> dict[str, StoredTensor]:

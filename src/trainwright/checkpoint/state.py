@@ -21,8 +21,9 @@ from trainwright.checkpoint.rng import restore_rng, rng_state, seed_everything
 from trainwright.checkpoint.store import CheckpointStore
 from trainwright.comm.local import local
 from trainwright.errors import Mistake, UserError
-from trainwright.models.adapter_spec import is_adapter_tensor
+from trainwright.models.adapter_spec import BESIDE, is_adapter_tensor
 from trainwright.models.pieces import Piece
+from trainwright.models.whole_copies import ORIGINAL
 
 State = dict[str, Tensor | Part]
 Optimizers = torch.optim.Optimizer | Iterable[torch.optim.Optimizer]
@@ -133,6 +134,9 @@ def _placed(tensor: Tensor, piece: Piece | None) -> Tensor | Part:
     return Part(piece.whole, offsets, local(tensor))
 
 
+_BASE_COPY = f".{BESIDE}.{ORIGINAL}."  # what the base had where a layer is trained whole
+
+
 def _named_tensors(model: Modules) -> Iterator[tuple[str, Tensor]]:
     """Every parameter and persistent buffer by its name, the first of those that share one.
 
@@ -146,7 +150,8 @@ def _named_tensors(model: Modules) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in module.state_dict(keep_vars=True).items():
             for wrapper in _WRAPPERS:
                 name = name.replace(wrapper, "")
-            if adapted and not (tensor.requires_grad or is_adapter_tensor(name)):
+            own = is_adapter_tensor(name) and _BASE_COPY not in name
+            if adapted and not (tensor.requires_grad or own):
                 continue
             if isinstance(tensor, Tensor) and seen.isdisjoint((id(tensor), name)):
                 seen.update((id(tensor), name))

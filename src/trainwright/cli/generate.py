@@ -91,10 +91,9 @@ def chat(
     seed: Seed = 0,
 ) -> None:
     """Talk with a model that has a chat template; an empty line or Ctrl-D ends it."""
-    from jinja2 import TemplateError
-
     from trainwright.errors import UserError
     from trainwright.rollout.engine import stream
+    from trainwright.rollout.prompts import chat_prompt
     from trainwright.rollout.sampling import SamplingParams
     from trainwright.training.artifacts import open_model
 
@@ -118,15 +117,7 @@ def chat(
         if not text:
             return
         messages.append({"role": "user", "content": text})
-        # transformers renders templates in a sandbox; special tokens come from the template alone.
-        try:
-            ids = opened.tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, return_dict=False
-            )
-        except TemplateError as error:
-            raise UserError(
-                f"the chat template cannot be used: {error}", fix="mend it, or give another"
-            ) from error
+        ids = chat_prompt(opened.tokenizer, messages)
         params = SamplingParams(
             max_new_tokens,
             temperature,

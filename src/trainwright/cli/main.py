@@ -21,6 +21,7 @@ from trainwright.cli.generate import chat, generate
 from trainwright.cli.importing import import_
 from trainwright.cli.recipes import init, validate
 from trainwright.cli.report import report
+from trainwright.cli.serve import serve
 from trainwright.cli.train import train
 from trainwright.cli.verify import verify
 from trainwright.errors import UserError
@@ -31,7 +32,7 @@ USER_MISTAKE, INTERRUPTED = 2, 130
 VERBS: dict[str, tuple[Callable[..., None], ...]] = {
     "Recipe": (init, import_, validate, data),
     "Training": (train, evaluate, report, verify),
-    "Model": (generate, chat, export),
+    "Model": (generate, chat, serve, export),
     "Machine": (doctor,),
 }
 

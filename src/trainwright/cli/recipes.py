@@ -149,12 +149,13 @@ def _print_summary(recipe: Recipe, console: Console) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    from trainwright.planner.explain import explain_plan
+    from trainwright.planner.budget import memory_budget
+    from trainwright.planner.explain import advice_lines, explain_plan, memory_lines
     from trainwright.planner.known_model import known_config
-    from trainwright.planner.make import asked_workers, cluster_of, make_plan
+    from trainwright.planner.make import asked_workers, cluster_of, make_plan, memory_advice
     from trainwright.training.machine import detect_machine
 
-    config = known_config(recipe.model, recipe.tokenizer)
+    config = known_config(recipe.model, recipe.tokenizer, recipe.objective)
     machine = detect_machine()
     asked = asked_workers(recipe.parallel) if recipe.parallel.workers == "auto" else 0
     elsewhere = asked > max(machine.devices, 8 * machine.cores) and not machine.launched
@@ -163,8 +164,10 @@ def _print_summary(recipe: Recipe, console: Console) -> None:
     plan = make_plan(recipe, machine, config)
     rows = [("model", _model(recipe)), ("data", _data(recipe)), ("length", _length(recipe))]
     table = Table(box=None, show_header=False)
-    for name, value in [*rows, *explain_plan(plan, config)]:
-        table.add_row(name, escape(value))
+    budget = None if config is None else memory_budget(recipe, plan, config, machine)
+    for name, value in [*rows, *explain_plan(plan, config, budget)]:
+        if name != "memory":  # told line by line below
+            table.add_row(name, escape(value))
     console.print(f"[bold]{recipe.name}[/bold]: nothing is wrong with the recipe.")
     if elsewhere:
         console.print(
@@ -173,6 +176,14 @@ def _print_summary(recipe: Recipe, console: Console) -> None:
             soft_wrap=True,
         )
     console.print(table)
+    if config is None or budget is None:
+        return
+    for line in ("", *memory_lines(budget)):
+        console.print(line, markup=False)
+    if not budget.fits():
+        console.print("That may be more than there is.")
+        for line in advice_lines(memory_advice(recipe, plan, machine, config)):
+            console.print(line, markup=False, soft_wrap=True)
 
 
 def _model(recipe: Recipe) -> str:

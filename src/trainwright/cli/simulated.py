@@ -19,7 +19,7 @@ def simulate_rank(recipe: Recipe, world_size: int, rank: int, as_json: bool) -> 
     """Simulate and print; whether every collective sent what its formula says."""
     from trainwright.training.simulate import plan_for, simulate
 
-    config = known_config(recipe.model, recipe.tokenizer)
+    config = known_config(recipe.model, recipe.tokenizer, recipe.objective)
     plan = plan_for(recipe, config, world_size)
     assert config is not None  # or there would be no plan
     done = simulate(recipe, config, plan, rank)

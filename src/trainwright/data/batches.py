@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from trainwright.data.corpus import Corpus
-from trainwright.data.order import Interleaving, row_shares, shuffled
+from trainwright.data.order import EndToEnd, Interleaving, row_shares, shuffled
 from trainwright.data.packing import Layout, Packing, pack, ranges
 
 IGNORED = -100  # a label that is not trained
@@ -38,7 +38,8 @@ class Batch:
     Of examples, some tokens only are trained, and labels are -100 at the others. An example may
     have several sequences: each then counts as a document but for its name, so that of pairs the
     chosen answers have even segments and the rejected odd ones. `values` [rows, most examples in a
-    row] is what the objective knows of each example, 0 where a row has fewer.
+    row] is what the objective knows of each example, 0 where a row has fewer; `reference` [rows,
+    most sequences in a row] likewise what a reference makes of each sequence, if that is known.
     """
 
     input_ids: NDArray[np.int64]
@@ -47,6 +48,7 @@ class Batch:
     segment_ids: NDArray[np.int32] | None
     documents: tuple[tuple[str, ...], ...]
     values: NDArray[np.float32] | None = None
+    reference: NDArray[np.float32] | None = None
 
     @property
     def examples(self) -> int:
@@ -172,7 +174,8 @@ class Batches:
     """Random access to the batches of training data (endless) or of held-out data (one epoch).
 
     Row `g` of all is row `g % batch_rows` of batch `g // batch_rows`; a batch may begin in one
-    epoch and end in the next. Held-out data ends with a batch that may be short.
+    epoch and end in the next. Held-out data ends with a batch that may be short; of several
+    streams, `names` in all, it has one's rows after the other's.
     """
 
     def __init__(
@@ -183,10 +186,14 @@ class Batches:
         pad_id: int,
         interleaving: Interleaving | None = None,
         endless: bool = True,
+        names: Sequence[str] = (),
     ) -> None:
+        self.interleaving: Interleaving | EndToEnd | None = interleaving
         if interleaving is None and len(streams) != 1:
-            raise ValueError("several streams need an interleaving")
-        self.streams, self.interleaving = list(streams), interleaving
+            if endless:
+                raise ValueError("several endless streams need an interleaving")
+            self.interleaving = EndToEnd(tuple(stream.rows for stream in streams))
+        self.streams, self.names = list(streams), tuple(names)
         self.batch_rows, self.pad_id, self.endless = batch_rows, pad_id, endless
 
     @property
@@ -210,6 +217,13 @@ class Batches:
     def rows(self) -> int:
         """The same, as held-out data has it: all the rows there are."""
         return self.rows_per_epoch
+
+    def by_source(self) -> dict[str, Batches]:
+        """Held-out data of several sources: each one's rows by themselves. Else nothing."""
+        return {
+            name: Batches([stream], batch_rows=self.batch_rows, pad_id=self.pad_id, endless=False)
+            for name, stream in zip(self.names, self.streams, strict=bool(self.names))
+        }
 
     def packing_figures(self) -> PackingFigures:
         """Figures of the first epoch's packing; the others' differ in order only."""
@@ -288,6 +302,7 @@ class Batches:
         """The batch made of any rows, numbered over all epochs."""
         numbers = np.asarray(rows, dtype=np.int64)
         shape = (len(numbers), self.sequence_length)
+        has_reference = self.streams[0].corpus.reference is not None
         batch = _Filling(
             input_ids=np.full(shape, self.pad_id, dtype=np.int64),
             labels=np.full(shape, IGNORED, dtype=np.int64),
@@ -295,6 +310,7 @@ class Batches:
             segment_ids=np.full(shape, -1, dtype=np.int32),
             documents=[()] * len(numbers),
             values=[np.zeros(0, np.float32)] * len(numbers) if self.are_examples else None,
+            reference=[np.zeros(0, np.float32)] * len(numbers) if has_reference else None,
         )
         stream_of = np.zeros_like(numbers)
         if self.interleaving is not None:
@@ -313,7 +329,8 @@ class Batches:
             batch.position_ids,
             None if whole else batch.segment_ids,
             tuple(batch.documents),
-            batch.known(),
+            _side_by_side(batch.values),
+            _side_by_side(batch.reference),
         )
 
 
@@ -327,15 +344,7 @@ class _Filling:
     segment_ids: NDArray[np.int32]
     documents: list[tuple[str, ...]]
     values: list[NDArray[np.float32]] | None  # of examples
-
-    def known(self) -> NDArray[np.float32] | None:
-        """The values of all rows as one array."""
-        if self.values is None:
-            return None
-        known = np.zeros((len(self.values), max(map(len, self.values))), np.float32)
-        for row, values in enumerate(self.values):
-            known[row, : len(values)] = values
-        return known
+    reference: list[NDArray[np.float32]] | None
 
     def fill(
         self, places: NDArray[np.int64], corpus: Corpus, layout: Layout, rows: NDArray[np.int64]
@@ -350,6 +359,8 @@ class _Filling:
             self.documents[place_of_row] = tuple(names[first:end])
             if self.values is not None:
                 self.values[place_of_row] = corpus.values(document[first:end])
+            if self.reference is not None and corpus.reference is not None:
+                self.reference[place_of_row] = corpus.reference[document[first:end]].reshape(-1)
         # Where each run begins: its address among the tokens, its place in the flattened batch.
         address = corpus.starts[document] + layout.start[taken]
         if corpus.parts > 1:  # examples are never split: a run for each of their sequences
@@ -374,3 +385,13 @@ class _Filling:
         if corpus.is_masked:
             followed[followed] = corpus.trained(source[followed] + 1)
         self.labels.reshape(-1)[target[followed]] = corpus.read(source[followed] + 1)
+
+
+def _side_by_side(rows: list[NDArray[np.float32]] | None) -> NDArray[np.float32] | None:
+    """Rows of several lengths as one array, 0 where a row is shorter."""
+    if rows is None:
+        return None
+    array = np.zeros((len(rows), max(map(len, rows))), np.float32)
+    for row, values in enumerate(rows):
+        array[row, : len(values)] = values
+    return array

@@ -26,7 +26,7 @@ from trainwright.data.templates import ChatTemplate
 from trainwright.errors import Mistake, UserError
 from trainwright.recipe.objective import PAIRED, Kind
 
-_FORMAT = 1  # part of every key: a change in how examples are encoded makes new caches
+_FORMAT = 2  # part of every key: a change in how examples are encoded makes new caches
 _GROUP = 1024  # examples encoded at once; among them KTO mixes up answers
 _NAMED = 20  # rows that are named of those left out, cut or refused
 
@@ -255,9 +255,7 @@ def _value(example: Example) -> float:
 
 def _refusal(refused: Sequence[Mistake], total: int) -> UserError:
     shown = list(refused[:_NAMED])
-    if len(refused) > _NAMED:
-        more = len(refused) - _NAMED
-        shown.append(
-            Mistake(f"and {more:,} more of {total:,} rows cannot be trained on", "see those above")
-        )
+    if len(refused) < total:
+        what = f"{len(refused):,} of {total:,} rows cannot be trained on"
+        shown.append(Mistake(what, "mend them, or leave them out with `data.bad_rows: drop`"))
     return UserError(shown)

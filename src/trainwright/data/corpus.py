@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,10 +31,25 @@ class Corpus:
         offsets = [np.asarray(cache.offsets) for cache in caches]
         pairs = list(zip(offsets, chosen, strict=True))
         self.parts = caches[0].parts if caches else 1
+        # What a reference makes of each sequence [documents, parts], if it was asked beforehand.
+        self.reference: NDArray[np.float32] | None = None
         self.lengths: Ints = np.concatenate([o[c + 1] - o[c] for o, c in pairs])
         self.starts: Ints = np.concatenate(
             [o[c] + base for (o, c), base in zip(pairs, self._bases, strict=False)]
         )
+
+    @property
+    def caches(self) -> list[TokenCache]:
+        """Where the documents are from."""
+        return self._caches
+
+    def set_reference(self, scores: Mapping[Path, NDArray[np.float32]]) -> None:
+        """Take up a reference's scores of all documents of each cache [documents, parts].
+
+        They go by the caches' directories.
+        """
+        pairs = zip(self._caches, self._chosen, strict=True)
+        self.reference = np.concatenate([scores[each.directory][chosen] for each, chosen in pairs])
 
     @property
     def documents(self) -> int:

@@ -59,7 +59,7 @@ class Example:
 
     `name` says where it stands ("faq.jsonl:12"). `sequences` holds one for supervised training and
     KTO, and (chosen, rejected) for preferences. `label` is KTO's: whether the answer is desirable.
-    `margin` is by how much the chosen answer of a pair is better, in the units of its scores.
+    `margin` is by how much a reward model should score a pair's chosen answer higher.
     """
 
     name: str

@@ -37,12 +37,17 @@ def source_fingerprint(source: Source, located: Located, cache: Path) -> str:
         # Where the hub's cache lies says nothing about what is in it. A dataset without files of
         # its own lives in memory, under the fingerprint that `datasets` gives it.
         root, extra = None, "" if files else dataset._fingerprint
-    contents = _remembered_digest(root, files, cache)
+    contents = remembered_digest(root, files, cache)
     settings = [located.kind, source.field, source.subset, source.split, source.limit]
     return digest(["source", settings, contents, extra])
 
 
-def _remembered_digest(root: Path | None, files: Iterable[Path], cache: Path) -> str:
+def remembered_digest(root: Path | None, files: Iterable[Path], cache: Path) -> str:
+    """Hash of the files' contents and names, which are relative to `root`, or the last part only.
+
+    `cache` is the folder that remembers it for files unchanged in size and date. Raises UserError
+    for a file that cannot be read.
+    """
     stats = []
     newest = 0
     for file in files:

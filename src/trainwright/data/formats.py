@@ -7,7 +7,7 @@
 | alpaca | instruction, input, output; system, history; or `instances` of input and output |
 | sharegpt | conversations of from and value; system, tools |
 | messages | messages of role and content (OpenAI); tools; or a row that is the bare list |
-| preference | chosen, rejected; prompt, or turns, or instruction and input; margin or scores |
+| preference | chosen, rejected; prompt, or turns, or instruction and input; margin |
 | kto | label or kto_tag, with an answer in one of the ways above |
 | oasst | an OpenAssistant message tree, of which the best rated path is taken |
 
@@ -52,8 +52,6 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "chosen": (),
     "rejected": (),
     "margin": (),
-    "score_chosen": ("chosen_score", "chosen-rating"),
-    "score_rejected": ("rejected_score", "rejected-rating"),
     "label": ("kto_tag",),
     # Keys of a turn rather than of a row.
     "role": (),
@@ -260,18 +258,14 @@ def _preference(row: Mapping[str, Any], name: str) -> Example:
 
 
 def _margin(row: Mapping[str, Any]) -> float:
-    def number(key: str) -> float | None:
-        value = row.get(key)
-        if value is None or (isinstance(value, int | float) and not isinstance(value, bool)):
-            return value
-        what = f"`{key}` is {type_name(value)}, not a number"
-        raise RowRefusedError(what, "mend or delete the row")
-
-    margin = number("margin")
-    if margin is not None:
+    # Scores that the answers were rated with are none: their unit is not that of a model's.
+    margin = row.get("margin", 0.0)
+    if margin is None:
+        return 0.0
+    if isinstance(margin, int | float) and not isinstance(margin, bool):
         return float(margin)
-    chosen, rejected = number("score_chosen"), number("score_rejected")
-    return float(chosen - rejected) if chosen is not None and rejected is not None else 0.0
+    what = f"`margin` is {type_name(margin)}, not a number"
+    raise RowRefusedError(what, "mend or delete the row")
 
 
 def _kto(row: Mapping[str, Any], name: str) -> Example:

@@ -134,6 +134,28 @@ class Renderer:
         text = self.template.render(messages, tools, add_generation_prompt=True, **variables)
         return list(self._chat.encode(text, add_special_tokens=False).ids)
 
+    def continued(self, prompt: str | Sequence[Message], answer: str = "") -> tuple[list[int], int]:
+        """Tokens of a prompt that an answer follows, and how many of them hold nothing of it.
+
+        The prompt is plain text, or turns for the template. Text is tokenised whole: the token that
+        joins the prompt's last space to the answer's first word belongs to the answer. Raises
+        RowRefusedError as `prompt_ids` does.
+        """
+        chat = not isinstance(prompt, str)
+        if isinstance(prompt, str):
+            text = prompt
+        elif self.template is not None:
+            text = self.template.render(prompt, add_generation_prompt=True)
+        else:
+            raise _no_template()
+        [encoding] = self.encodings([text + answer], chat=chat)
+        prefix = self._prefix
+        if chat or encoding.ids[: len(prefix)] == prefix:
+            prefix = []
+        answered = _tokens_in(encoding, [(len(text), len(text + answer))])
+        before = int(answered.argmax()) if answered.any() else len(answered)
+        return [*prefix, *encoding.ids], len(prefix) + before
+
     def place(self, sequence: Text | Conversation, train_on: TrainOn) -> tuple[str, list[Span]]:
         """A sequence's text, and its characters that are trained. Raises RowRefusedError."""
         if isinstance(sequence, Text):

@@ -6,7 +6,7 @@ Neither a source nor transformers is touched here.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -108,16 +108,23 @@ def open_description(description: dict[str, Any], tokenizer: Path) -> PreparedDa
         streams, interleaving = mixture(corpora, weights, **settings)
         train = Batches(streams, interleaving=interleaving, **shape)
 
-    def held_out(corpus: Corpus) -> Batches:
-        stream = Stream(corpus, **{**settings, "shuffle": False})
-        return Batches([stream], endless=False, **shape)
+    def held_out(corpora: Mapping[str, Corpus]) -> Batches:
+        streams = [Stream(each, **{**settings, "shuffle": False}) for each in corpora.values()]
+        several = list(corpora) if len(corpora) > 1 else []
+        return Batches(streams, endless=False, names=several, **shape)
 
     validation = {}
     for part in description["validation"]:
-        validation[part["name"]] = held_out(whole_corpus(require_cache(Path(part["cache"]))))
+        corpus = whole_corpus(require_cache(Path(part["cache"])))
+        validation[part["name"]] = held_out({part["name"]: corpus})
     if threshold:
         apart = [chosen(cache, threshold, held_out=True) for cache in caches]
-        validation["validation"] = held_out(Corpus(caches, apart, names))
+        held = {
+            name: Corpus([cache], [documents], [""])
+            for name, cache, documents in zip(names, caches, apart, strict=True)
+            if len(documents)
+        }
+        validation["validation"] = held_out(held)
     summary = tuple(SourceSummary(**each) for each in description["summary"])
     return PreparedData(
         train, validation, summary, tokenizer, description["vocabulary"], description["pad_id"]

@@ -80,6 +80,30 @@ class Interleaving:
         return streams, numbers
 
 
+@dataclass(frozen=True)
+class EndToEnd:
+    """The rows of several streams one after the other, once: held-out data of several sources."""
+
+    counts: tuple[int, ...]  # rows of each stream
+
+    @property
+    def rows_per_epoch(self) -> int:
+        """Rows of all streams."""
+        return sum(self.counts)
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Each stream's share of the rows."""
+        return tuple(count / self.rows_per_epoch for count in self.counts)
+
+    def locate(self, rows: Ints) -> tuple[Ints, Ints]:
+        """For each row: its stream, and the number of the row in that stream."""
+        counts = np.array(self.counts, np.int64)
+        ends = np.cumsum(counts)
+        streams = np.searchsorted(ends, rows, side="right")
+        return streams, rows - (ends - counts)[streams]
+
+
 @lru_cache(maxsize=4)
 def _period(mixture: Interleaving, period: int) -> tuple[Ints, Ints]:
     """Stream and number in that stream for every row of one period."""

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -39,7 +39,7 @@ from trainwright.data.tokenizers import embedding_rows
 from trainwright.errors import Mistake, UserError
 from trainwright.files import write_atomically, write_json
 from trainwright.recipe.presets import model_config
-from trainwright.recipe.schema import Recipe, Source, TokenizerSection
+from trainwright.recipe.schema import Objective, Recipe, Source, TokenizerSection
 
 __all__ = ["PreparedData", "SourceSummary", "open_data", "prepare_data", "prepare_held_out"]
 
@@ -117,16 +117,18 @@ def prepare_held_out(
     sequence_length: int,
     packing: Packing = "concat",
     batch_rows: int = 8,
+    objective: Objective | None = None,
     cache: Path | None = None,
     progress: Say | None = None,
 ) -> dict[str, Batches]:
     """Batches of each source by name, in order and once: to score a finished model on.
 
+    They are plain text, or examples as an `objective` takes them, which no packing splits.
     `tokenizer` is its directory or hub id. Raises UserError as `prepare_data` does.
     """
     say = progress or _say_nothing
     root = cache_folder(cache)
-    opened = _open_sources({"": sources}, root, examples=False)
+    opened = _open_sources({"": sources}, root, examples=objective is not None)
     section = TokenizerSection(path=str(tokenizer))
     folder = build_vocabulary(section, None, [], 0.0, None, root, say)
     pad_id = Encoder(folder).pad_id
@@ -138,28 +140,48 @@ def prepare_held_out(
         )
         return Batches([stream], batch_rows=batch_rows, pad_id=pad_id, endless=False)
 
-    encoded = _encode(opened, folder, root, say)
+    if objective is None:
+        encoded = _encode(opened, folder, root, say)
+    else:
+        packing, rules = "best-fit", rules_of(objective, sequence_length)
+        template = _template(None, folder)
+        built = [build_examples(each, folder, template, rules, root, say) for each in opened]
+        encoded = _opened(opened, built)
     return {each.name: batches(whole_corpus(each.cache)) for each in encoded}
 
 
 def example_rules(recipe: Recipe) -> ExampleRules:
     """How the recipe's rows become sequences: a row of the batch holds at least one example."""
-    objective = recipe.objective
-    default: TrainOn = "assistant" if objective.kind == "sft" else "completion"
+    data = recipe.data
+    return rules_of(recipe.objective, data.sequence_length, data.too_long, data.bad_rows)
+
+
+def rules_of(
+    objective: Objective,
+    sequence_length: int,
+    too_long: Literal["cut", "drop"] = "cut",
+    bad_rows: Literal["refuse", "drop"] = "refuse",
+) -> ExampleRules:
+    """How an objective's examples become sequences in rows of `sequence_length` tokens."""
+    imitates = objective.kind in ("sft", "distill")
+    default: TrainOn = "assistant" if imitates else "completion"
     return ExampleRules(
         objective.kind,
         objective.train_on or default,
-        recipe.data.sequence_length // objective.sequences,
-        recipe.data.too_long,
-        recipe.data.bad_rows,
+        sequence_length // objective.sequences,
+        too_long,
+        bad_rows,
     )
 
 
 def chosen_template(recipe: Recipe, tokenizer: Path) -> ChatTemplate:
     """The chat template that the recipe names, the tokenizer's own, or a plain one."""
     section = recipe.tokenizer
-    own = find_template(None if section is None else section.chat_template, tokenizer)
-    found = own or find_template(DEFAULT_TEMPLATE, tokenizer)
+    return _template(None if section is None else section.chat_template, tokenizer)
+
+
+def _template(name: str | None, tokenizer: Path) -> ChatTemplate:
+    found = find_template(name, tokenizer) or find_template(DEFAULT_TEMPLATE, tokenizer)
     assert found is not None
     return found
 

@@ -7,6 +7,7 @@ time, so that logits exist for one chunk only.
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -52,6 +53,21 @@ def head_logits(
         return logits, scale
     bent = torch.tanh(logits / softcap)
     return softcap * bent, scale * (1.0 - bent * bent)
+
+
+def own_targets(
+    labels: Tensor, rows: int, group: dist.ProcessGroup | None
+) -> tuple[Tensor, Tensor]:
+    """The labels' places among the own `rows` of the vocabulary, and whether they lie there.
+
+    Both [tokens, 1], of labels [tokens] that are tokens all; a place elsewhere is some own row
+    instead. With a `group` the vocabulary is cut over its workers in rank order.
+    """
+    own = labels.unsqueeze(-1)
+    if group is None:
+        return own, torch.ones_like(own, dtype=torch.bool)
+    own = own - dist.get_rank(group) * rows
+    return own.clamp(0, rows - 1), (own >= 0) & (own < rows)
 
 
 def push(

@@ -1,13 +1,14 @@
 """How far a student's next-token distributions are from a teacher's, without full logits.
 
 Both heads are multiplied out for a chunk of tokens at a time. The student's gradient is taken in
-the forward pass, while both distributions are at hand; the teacher gets none.
+the forward pass, while both distributions are at hand; the teacher gets none. The cross entropy of
+the data's own tokens comes from the same logits, so that it may have a part in the loss.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -15,7 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trainwright.kernels.cross_entropy import CHUNK_ELEMENTS, IGNORED
-from trainwright.kernels.fused_head import chunks, head_logits, product_dtype, push, wide
+from trainwright.kernels.fused_head import (
+    chunks,
+    head_logits,
+    own_targets,
+    product_dtype,
+    push,
+    wide,
+)
 
 # Logits of both models, their probabilities and the mixture's stand at the same time.
 BUFFERS = 6
@@ -38,6 +46,14 @@ class Head(Protocol):
     def softcap(self) -> float | None: ...
     @property
     def group(self) -> dist.ProcessGroup | None: ...
+
+
+class Distillation(NamedTuple):
+    """Sums over trained tokens in nats, scalars in fp32 or wider; only `loss` has a gradient."""
+
+    loss: Tensor  # (1 − mix) · divergence + mix · cross_entropy
+    divergence: Tensor
+    cross_entropy: Tensor  # of the labels under the student, at temperature 1
 
 
 def divergence_reference(
@@ -72,11 +88,13 @@ def linear_divergence(
     *,
     beta: float = 0.5,
     temperature: float = 1.0,
+    mix: float = 0.0,
     chunk_rows: int | None = None,
-) -> Tensor:
-    """Sum of `divergence_reference` over the tokens whose label is not -100; a scalar.
+) -> Distillation:
+    """Sums of `divergence_reference` and of −log p(label) over the tokens whose label is not -100.
 
-    hidden [tokens, hidden] and teacher_hidden [tokens, the teacher's hidden], labels [tokens]. The
+    hidden [tokens, hidden] and teacher_hidden [tokens, the teacher's hidden], labels [tokens]; the
+    loss is (1 − mix) of the first sum and `mix` of the second, at temperature 1. The
     two vocabularies are the same, and are cut over the same `group` if over any; what then holds
     for the gradient of `hidden` is said at `linear_cross_entropy`. Products run in autocast's type
     where autocast is on, the rest in fp32 or wider. Raises ValueError where the vocabularies or
@@ -92,15 +110,17 @@ def linear_divergence(
     if chunk_rows is None:
         chunk_rows = max(64, max(CHUNK_ELEMENTS // BUFFERS, hidden.numel()) // rows)
     places = (labels != IGNORED).nonzero().squeeze(-1)
-    return _LinearDivergence.apply(
+    sums = _LinearDivergence.apply(
         hidden.index_select(0, places),
         head.weight,
         head.bias,
         head,
         teacher_hidden.detach().index_select(0, places),
         teacher_head,
-        (beta, temperature, chunk_rows, product_dtype(hidden), torch.is_grad_enabled()),
+        labels.index_select(0, places),
+        (beta, temperature, mix, chunk_rows, product_dtype(hidden), torch.is_grad_enabled()),
     )
+    return Distillation(*sums)
 
 
 class _LinearDivergence(torch.autograd.Function):
@@ -113,9 +133,10 @@ class _LinearDivergence(torch.autograd.Function):
         head: Head,
         teacher_hidden: Tensor,
         teacher_head: Head,
-        settings: tuple[float, float, int, torch.dtype, bool],
-    ) -> Tensor:
-        beta, temperature, chunk_rows, dtype, wants = settings
+        labels: Tensor,
+        settings: tuple[float, float, float, int, torch.dtype, bool],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        beta, temperature, mix, chunk_rows, dtype, wants = settings
         wants_hidden, wants_weight, wants_bias = (
             wants and want for want in ctx.needs_input_grad[:3]
         )
@@ -126,7 +147,9 @@ class _LinearDivergence(torch.autograd.Function):
         matrix, offset = weight.to(dtype), None if bias is None else bias.to(dtype)
         teacher_matrix, teacher_bias = teacher_head.weight.to(dtype), teacher_head.bias
         teacher_offset = None if teacher_bias is None else teacher_bias.to(dtype)
-        total = torch.zeros((), dtype=kind, device=hidden.device)
+        targets, here = own_targets(labels, len(weight), head.group)
+        divergence = torch.zeros((), dtype=kind, device=hidden.device)
+        entropy = torch.zeros_like(divergence)
         with torch.autocast(hidden.device.type, enabled=False):
             for part in chunks(len(hidden), chunk_rows):
                 logits, slope = head_logits(hidden, part, matrix, offset, head.scale, head.softcap)
@@ -143,20 +166,30 @@ class _LinearDivergence(torch.autograd.Function):
                     for each in (logits, teacher_logits)
                 )
                 loss, gradient = _divergence(student, teacher, beta, head.group)
-                total += loss
+                divergence += loss
+                plain = student
+                if temperature != 1.0:
+                    plain = _log_softmax(logits.to(kind), head.group)
+                entropy -= plain.gather(-1, targets[part]).where(here[part], 0.0).sum()
                 if not (wants_hidden or wants_weight or wants_bias):
                     continue
-                gradient /= temperature
+                gradient *= (1.0 - mix) / temperature
+                if mix:
+                    gradient.add_(plain.exp(), alpha=mix)
+                    gradient.scatter_add_(-1, targets[part], -mix * here[part].to(kind))
                 if slope is not None:
                     gradient *= slope
                 push(gradient, hidden, part, matrix, for_hidden, for_weight, for_bias)
+        if head.group is not None:
+            dist.all_reduce(entropy, group=head.group)
         ctx.save_for_backward(for_hidden, for_weight, for_bias)
         ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype)
-        return total
+        ctx.mark_non_differentiable(divergence, entropy)
+        return (1.0 - mix) * divergence + mix * entropy, divergence, entropy
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = gradients
+        gradient = gradients[0]
         hidden, weight, bias = ctx.saved_tensors
         weight_dtype, bias_dtype = ctx.dtypes
         # New tensors, not in place: a second backward through a kept graph must see the originals.
@@ -164,7 +197,7 @@ class _LinearDivergence(torch.autograd.Function):
             None if hidden is None else (hidden * gradient).to(hidden.dtype),
             None if weight is None else (weight * gradient).to(weight_dtype),
             None if bias is None else (bias * gradient).to(bias_dtype),
-            *[None] * 4,
+            *[None] * 5,
         )
 
 

@@ -16,7 +16,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from trainwright.kernels.cross_entropy import CHUNK_ELEMENTS, IGNORED
-from trainwright.kernels.fused_head import chunks, head_logits, product_dtype, push, wide
+from trainwright.kernels.fused_head import (
+    chunks,
+    head_logits,
+    own_targets,
+    product_dtype,
+    push,
+    wide,
+)
 
 
 def log_probs_reference(
@@ -100,7 +107,7 @@ class _LinearLogProbs(torch.autograd.Function):
     ) -> Tensor:
         matrix = weight.to(dtype)
         offset = None if bias is None else bias.to(dtype)
-        targets, here = _own_targets(labels, len(weight), group)
+        targets, here = own_targets(labels, len(weight), group)
         found, log_sums = [], []
         with torch.autocast(hidden.device.type, enabled=False):
             for part in chunks(len(hidden), chunk_rows):
@@ -132,7 +139,7 @@ class _LinearLogProbs(torch.autograd.Function):
         wants_hidden, wants_weight, wants_bias = ctx.needs_input_grad[:3]
         matrix = weight.to(dtype)
         offset = None if bias is None else bias.to(dtype)
-        targets, here = _own_targets(labels, len(weight), group)
+        targets, here = own_targets(labels, len(weight), group)
         for_hidden = torch.empty_like(hidden) if wants_hidden else None
         kind = wide(dtype)
         for_weight = torch.zeros_like(weight, dtype=kind) if wants_weight else None
@@ -166,17 +173,3 @@ def _shared(log_sum: Tensor, target: Tensor, group: dist.ProcessGroup) -> tuple[
     sums = torch.cat([(log_sum - largest).exp(), target], -1)
     dist.all_reduce(sums, group=group)
     return largest + sums[:, :1].log(), sums[:, 1:]
-
-
-def _own_targets(
-    labels: Tensor, rows: int, group: dist.ProcessGroup | None
-) -> tuple[Tensor, Tensor]:
-    """The labels' places among the own `rows` of the vocabulary, and whether they lie there.
-
-    Both [tokens, 1]; a place elsewhere is some own row instead.
-    """
-    own = labels.unsqueeze(-1)
-    if group is None:
-        return own, torch.ones_like(own, dtype=torch.bool)
-    own = own - dist.get_rank(group) * rows
-    return own.clamp(0, rows - 1), (own >= 0) & (own < rows)

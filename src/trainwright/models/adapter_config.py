@@ -102,15 +102,16 @@ def config_of(
     *,
     base_model: str | None,
     tied: bool,
+    task: str = "CAUSAL_LM",
 ) -> dict[str, Any]:
     """The adapter_config.json of a spec, whose start is forgotten.
 
     `targets` and `saved` are names by which PEFT finds the modules that the spec means; `tied` says
-    whether the model's output head is its embedding's matrix.
+    whether the model's output head is its embedding's matrix, and `task` what PEFT calls its work.
     """
     return {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
+        "task_type": task,
         "auto_mapping": None,
         "base_model_name_or_path": base_model,
         "revision": None,

@@ -87,7 +87,8 @@ def save_adapter(
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     save_tensors({_PREFIX + key: own[key] for key in sorted(own)}, directory / WEIGHTS)
-    config = config_of(spec, targets, saved, base_model=base_model, tied=tied)
+    task = "SEQ_CLS" if isinstance(model, Decoder) and model.config.scores else "CAUSAL_LM"
+    config = config_of(spec, targets, saved, base_model=base_model, tied=tied, task=task)
     write_json(directory / CONFIG, dict(sorted(config.items())))
 
 

@@ -7,16 +7,13 @@ What sets families apart is in `DecoderConfig`; see `models.families`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainwright.comm.collectives import gather
 from trainwright.kernels.attention import Mask, attention_mask
 from trainwright.kernels.dropout import dropout, layer_keys, uniform_noise
 from trainwright.models.adapted import dropping
@@ -27,37 +24,11 @@ from trainwright.models.latent_attention import LatentAttention
 from trainwright.models.mlp import GatedMLP
 from trainwright.models.moe import SparseMLP
 from trainwright.models.norm import RMSNorm
+from trainwright.models.output_head import HeadFunction, OutputHead
 from trainwright.models.pieces import Piece
 from trainwright.models.rope import Rope, document_lengths
 from trainwright.models.rope_spec import RopeSpec
 from trainwright.models.whole_copies import head_weight
-
-
-@dataclass(frozen=True)
-class OutputHead:
-    """How hidden states become logits: scale · (hidden · weightᵀ + bias), bent by `softcap`.
-
-    weight [vocabulary, hidden], bias [vocabulary] or None; softcap c makes z into c · tanh(z / c).
-    With a `group` the vocabulary is cut over its workers in rank order, and `weight` is a part.
-    """
-
-    weight: Tensor
-    bias: Tensor | None = None
-    scale: float = 1.0
-    softcap: float | None = None
-    group: dist.ProcessGroup | None = None
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [..., hidden] to logits [..., vocabulary] in fp32, whole on every worker."""
-        logits = gather(F.linear(hidden, self.weight, self.bias).float(), -1, self.group)
-        if self.scale != 1.0:
-            logits = logits * self.scale
-        if self.softcap is not None:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
-        return logits
-
-
-HeadFunction = Callable[[Tensor, OutputHead], Any]
 
 
 @dataclass(frozen=True)
@@ -292,7 +263,10 @@ class Trunk(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A causal language model. Build it with `models.weights.new_model` or `load_model`."""
+    """A causal language model, or a reward model where the config `scores`.
+
+    Build it with `models.weights.new_model` or `load_model`.
+    """
 
     # Generation may put padding before a row's tokens.
     pads_left = True
@@ -308,7 +282,9 @@ class Decoder(nn.Module):
         self.pieces: dict[str, Piece] = {}  # parameters that are parts of larger ones, by name
         self.model = Trunk(config, self.span)
         # Tied models have no second matrix, nor a second name for the first.
-        if self.span.heads and not config.tied_embeddings:
+        if self.span.heads and config.scores:
+            self.score = nn.Linear(config.hidden_size, 1, bias=False)
+        elif self.span.heads and not config.tied_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
     @property
@@ -361,6 +337,8 @@ class Decoder(nn.Module):
     ) -> Any:
         """Logits [batch, sequence, vocabulary] in fp32, or what `head` returns.
 
+        A reward model gives scores [batch, sequence] instead.
+
         input_ids [batch, sequence]. position_ids, of that shape, default to counting on from the
         cache. segment_ids, of that shape, number each row's documents: a token attends to earlier
         tokens of its own segment only; -1 is padding; None means one unpadded document a row,
@@ -375,12 +353,16 @@ class Decoder(nn.Module):
         hidden = self.model(input_ids, position_ids, segment_ids, cache, hidden, token_keys)
         if not self.span.heads:
             return hidden
+        group = None if self.model.stream is None else self.model.stream.group
+        if self.config.scores:
+            output_head = OutputHead(head_weight(self.score), group=group)
+            return output_head.scores(hidden) if head is None else head(hidden, output_head)
         matrix = self.model.embed_tokens if self.config.tied_embeddings else self.lm_head
         output_head = OutputHead(
             head_weight(matrix),
             None,
             self.config.logit_multiplier,
             self.config.logit_softcap,
-            None if self.model.stream is None else self.model.stream.group,
+            group,
         )
         return output_head.logits(hidden) if head is None else head(hidden, output_head)

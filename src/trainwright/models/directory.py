@@ -12,6 +12,7 @@ from typing import Any
 
 from trainwright.errors import Mistake, UserError
 from trainwright.models.families import DecoderConfig, decoder_config
+from trainwright.models.scoring import gives_scores
 
 # No pickles: weights come from safetensors alone.
 PATTERNS = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
@@ -95,6 +96,11 @@ def read_decoder_config(hf: Mapping[str, Any], directory: Path) -> DecoderConfig
             Mistake(m.what, m.fix, m.key.removeprefix("model.config."), place)
             for m in error.mistakes
         ) from error
+
+
+def has_new_head(config: DecoderConfig, directory: Path) -> bool:
+    """Whether a reward model begins as the language model in the directory."""
+    return config.scores and not gives_scores(read_hf_config(directory))
 
 
 def stop_token_ids(hf: Mapping[str, Any], directory: Path | None = None) -> tuple[int, ...]:

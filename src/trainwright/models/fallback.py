@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from trainwright.errors import Mistake, UserError
-from trainwright.models.decoder import HeadFunction, OutputHead
+from trainwright.models.output_head import HeadFunction, OutputHead
 from trainwright.models.safetensors_files import weight_files
 from trainwright.models.whole_copies import head_weight
 

@@ -23,6 +23,7 @@ from trainwright.models.family_specs import (
     turns,
 )
 from trainwright.models.rope_spec import RopeSpec, read_rope
+from trainwright.models.scoring import gives_scores, label_count
 from trainwright.models.sparse_spec import (
     ExpertsSpec,
     LatentSpec,
@@ -52,6 +53,7 @@ class DecoderConfig:
     num_kv_heads: int
     head_dim: int  # of a query; of keys and values too, unless attention is `latent`
     max_positions: int
+    scores: bool  # one score a token instead of logits, from a head that nothing is tied to
     tied_embeddings: bool
     layer_windows: tuple[int | None, ...]
     layer_ropes: tuple[RopeSpec | None, ...]
@@ -239,6 +241,11 @@ class _Reader:
         if self.get("clip_qkv") is not None:
             self.refuse("clip_qkv", f"is {self.get('clip_qkv')}", "null: nothing is clipped here")
 
+        scores = gives_scores(self.hf)
+        if scores and label_count(self.hf) != 1:
+            what = f"names {label_count(self.hf)} labels, but a reward model gives one score"
+            self.refuse("id2label", what, "a classifier that was made with `num_labels=1`")
+
         slides, window = self.sliding(layers), self.get("sliding_window")
         bias = bool(self.get("attention_bias", False))
         scale = self.number("query_pre_attn_scalar", head_dim) ** -0.5
@@ -255,7 +262,8 @@ class _Reader:
             num_kv_heads=kv_heads,
             head_dim=head_dim,
             max_positions=self.get("max_position_embeddings"),
-            tied_embeddings=bool(self.get("tie_word_embeddings")),
+            scores=scores,
+            tied_embeddings=bool(self.get("tie_word_embeddings")) and not scores,
             layer_windows=tuple(window if slide else None for slide in slides),
             layer_ropes=self.ropes(slides, latent.rope_dim if latent else head_dim),
             norms=family.norms,

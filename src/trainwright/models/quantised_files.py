@@ -26,6 +26,7 @@ from trainwright.models.safetensors_files import find_tensors, weight_files
 from trainwright.models.weights import (
     beyond_the_model,
     drawn,
+    fill_new_head,
     initialise,
     model_names_on_disk,
     named_tensors,
@@ -37,7 +38,7 @@ Shapes = dict[str, tuple[int, ...]]
 Sink = Callable[[Any], None]  # puts a tensor in a file, of which it may read slices, to its place
 
 
-def load_quantised(model: nn.Module, directory: str | Path) -> None:
+def load_quantised(model: nn.Module, directory: str | Path, seed: int = 0) -> None:
     """`weights.load_weights` for a model in which `quantise_model` has put quantised layers.
 
     They take full weights, which they quantise, or NF4 and its scales as bitsandbytes and
@@ -47,7 +48,7 @@ def load_quantised(model: nn.Module, directory: str | Path) -> None:
     """
     directory = Path(directory)
     stored = _stored_shapes(directory)
-    shapes, sinks = _plain(model)
+    shapes, sinks = _plain(model, fill_new_head(model, directory, seed))
     for prefix, layer in model.named_modules():
         if isinstance(layer, QuantisedLinear):
             [name] = model_names_on_disk(model, f"{prefix}.weight")
@@ -76,8 +77,8 @@ def initialise_quantised(model: Decoder, seed: int) -> None:
             layer.take(drawn(f"{seed}:{prefix}.weight", layer.whole, rule)(()))
 
 
-def _plain(model: nn.Module) -> tuple[Shapes, dict[str, Sink]]:
-    """What a model holds beside quantised weights: shapes in files, and where it goes."""
+def _plain(model: nn.Module, new: set[str]) -> tuple[Shapes, dict[str, Sink]]:
+    """What a model holds beside quantised weights, and what is `new`: shapes, and where it goes."""
     packed = {
         f"{prefix}.{name}"
         for prefix, layer in model.named_modules()
@@ -88,7 +89,7 @@ def _plain(model: nn.Module) -> tuple[Shapes, dict[str, Sink]]:
     shapes: Shapes = {}
     sinks: dict[str, Sink] = {}
     for name, tensor in named_tensors(model):
-        if name in packed:
+        if name in packed or name in new:
             continue
         piece, stacked = pieces.get(name), is_stacked(name)
         whole = tuple(tensor.shape) if piece is None else piece.whole

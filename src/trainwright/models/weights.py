@@ -7,7 +7,7 @@ reads its own part alone, and the whole is the same on any layout.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 import torch
@@ -15,10 +15,12 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from trainwright.errors import Mistake, UserError
 from trainwright.files import write_json
 from trainwright.models.adapter_spec import is_adapter_tensor
 from trainwright.models.decoder import Decoder, Span
 from trainwright.models.directory import (
+    has_new_head,
     read_decoder_config,
     read_hf_config,
     resolve_model_directory,
@@ -30,6 +32,7 @@ from trainwright.models.families import FAMILIES, DecoderConfig
 from trainwright.models.norm import RMSNorm
 from trainwright.models.pieces import Piece
 from trainwright.models.safetensors_files import find_tensors, save_weights
+from trainwright.models.scoring import CLASSIFIERS, HEAD, gives_scores
 
 Slices = tuple[slice, ...]
 Rule = Callable[[Tensor, torch.Generator], object]  # fills a tensor
@@ -49,8 +52,8 @@ def new_model(
 
 
 @torch.no_grad()
-def initialise(model: Decoder, seed: int) -> None:
-    """Fill every parameter of a new model as its family does (transformers' `_init_weights`).
+def initialise(model: Decoder, seed: int, only: Collection[str] | None = None) -> None:
+    """Fill the parameters of a new model, all or `only` some, as transformers' `_init_weights`.
 
     Matrices and embeddings are normal with std `initializer_range`, a padding token's embedding
     and biases are 0, norms leave their input as it is. Each parameter, and each expert of stacked
@@ -58,6 +61,8 @@ def initialise(model: Decoder, seed: int) -> None:
     layout nor on the device.
     """
     for name, tensor, rule in initial_values(model):
+        if only is not None and name not in only:
+            continue
         piece = model.pieces.get(name)
         shape = piece.whole if piece else tuple(tensor.shape)
         if not is_stacked(name):
@@ -80,14 +85,16 @@ def drawn(key: str, shape: tuple[int, ...], rule: Rule) -> Callable[[Slices], Te
     return draw
 
 
-def load_weights(model: nn.Module, directory: str | Path) -> None:
+def load_weights(model: nn.Module, directory: str | Path, seed: int = 0) -> None:
     """Fill `model`'s parameters from the directory's safetensors, one slice at a time.
 
     Each worker reads only its own part of each tensor; values are converted to the parameters'
-    dtype. Raises one UserError naming every file that is missing or broken and every tensor that
-    is missing, unexpected or of another shape.
+    dtype. A reward model's head that a language model's directory has not is drawn from `seed`, as
+    by `initialise`. Raises one UserError naming every file that is missing or broken and every
+    tensor that is missing, unexpected or of another shape.
     """
-    tensors = dict(named_tensors(model))
+    new = fill_new_head(model, directory, seed)
+    tensors = {name: tensor for name, tensor in named_tensors(model) if name not in new}
     pieces: dict[str, Piece] = getattr(model, "pieces", {})
     places: dict[str, tuple[str, int | None]] = {}  # of a tensor in a file
     shapes: dict[str, tuple[int, ...]] = {}
@@ -104,6 +111,15 @@ def load_weights(model: nn.Module, directory: str | Path) -> None:
                 name, expert = places[on_disk]
                 read = handle.get_slice(on_disk).__getitem__
                 write_part(tensors[name], read, pieces.get(name), expert)
+
+
+def fill_new_head(model: nn.Module, directory: str | Path, seed: int) -> set[str]:
+    """Draw what a reward model has that the language model in the directory has not; its names."""
+    if not isinstance(model, Decoder) or not has_new_head(model.config, Path(directory)):
+        return set()
+    new = {name for name, _ in named_tensors(model) if name == f"{HEAD}.weight"}
+    initialise(model, seed, new)
+    return new
 
 
 def load_model(
@@ -129,6 +145,9 @@ def load_model(
         model.to_empty(device=device)
         load_weights(model, directory)
     else:
+        if gives_scores(hf):
+            what = f"reward models of the family {hf.get('model_type')} are not known"
+            raise UserError(Mistake(what, f"there are {', '.join(CLASSIFIERS)}", str(path_or_id)))
         model = load_fallback(directory, dtype, trust_remote_code=trust_remote_code)
         model.to(device)
     model.stop_token_ids = stop_token_ids(hf, directory)
@@ -189,7 +208,7 @@ def beyond_the_model(model: nn.Module) -> Callable[[str], bool]:
     def ignored(name: str) -> bool:
         return (
             name.endswith("rotary_emb.inv_freq")
-            or (config.tied_embeddings and name == "lm_head.weight")
+            or ((config.tied_embeddings or config.scores) and name == "lm_head.weight")
             or is_beyond(config, name)
             or name in elsewhere
         )

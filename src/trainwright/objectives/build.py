@@ -6,6 +6,7 @@ from functools import partial
 
 from torch import Tensor
 
+from trainwright.objectives.distill import Distill
 from trainwright.objectives.judged import Judged
 from trainwright.objectives.log_probs import PairScores
 from trainwright.objectives.next_token import NextToken
@@ -17,6 +18,7 @@ from trainwright.objectives.preference import (
     implicit_rewards,
     preference_losses,
 )
+from trainwright.objectives.scored import Scored
 from trainwright.objectives.sequences import Columns
 from trainwright.recipe.objective import Objective as Section
 
@@ -26,8 +28,12 @@ def build_objective(section: Section, columns: Columns = None) -> Objective:
     kind = section.kind
     if kind in ("next_token", "sft"):
         return NextToken()
+    if kind == "distill":
+        return Distill(section.strength, section.temperature, section.mix)
     if kind == "dpo":
         return _dpo(section, columns)
+    if kind == "reward":
+        return Scored(section.center, columns)
     if kind == "kto":
         return Judged(
             section.strength, section.desirable_weight, section.undesirable_weight, columns

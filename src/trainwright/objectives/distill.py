@@ -1,41 +1,90 @@
 """Distillation: a student's next-token distributions drawn towards a teacher's.
 
-The loss is the generalised Jensen-Shannon divergence (`kernels.linear_divergence` has its formula),
-summed over trained tokens, with their number as weight.
+The loss is the generalised Jensen-Shannon divergence (`kernels.linear_divergence` has its formula)
+of each trained token, perhaps with the cross entropy of the token itself. The teacher's last hidden
+states are taken before a step's gradients; both heads are multiplied out in the student's forward.
 """
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
-from trainwright.kernels.cross_entropy import IGNORED
-from trainwright.kernels.linear_divergence import Head, linear_divergence
+from torch import Tensor, nn
+
+from trainwright.data.batches import IGNORED, Batch
+from trainwright.kernels.linear_divergence import linear_divergence
+from trainwright.objectives.objective import Sums, Tensors, call
 
 
-def distillation_loss(
-    hidden: Tensor,
-    head: Head,
-    teacher_hidden: Tensor,
-    teacher_head: Head,
-    labels: Tensor,
-    *,
-    beta: float = 0.5,
-    temperature: float = 1.0,
-) -> tuple[Tensor, Tensor]:
-    """(sum of the divergence, number of trained tokens), scalars; gradients for the student only.
+@dataclass(frozen=True)
+class TeacherOutput:
+    """What a teacher makes of a micro-batch: hidden [trained tokens, its hidden], and its head."""
 
-    hidden [rows, sequence, hidden] and teacher_hidden [rows, sequence, the teacher's hidden],
-    labels [rows, sequence] (already shifted, -100 = not trained). beta 0 is KL(teacher‖student),
-    1 KL(student‖teacher). The heads' vocabularies must be the same; ValueError where they are not.
+    hidden: Tensor
+    head: Any  # as `kernels.linear_divergence.Head`
+
+
+def teacher_output(
+    model: nn.Module, batch: Tensors, keep: Callable[[Any], Any] = lambda head: head
+) -> TeacherOutput:
+    """The teacher's side of a micro-batch, which holds what `next_token_loss` takes.
+
+    `keep` is given the head within the model's forward, and returns what is left of it after.
     """
-    loss = linear_divergence(
-        hidden.flatten(0, 1),
-        head,
-        teacher_hidden.flatten(0, 1),
-        teacher_head,
-        labels.flatten(),
-        beta=beta,
-        temperature=temperature,
-    )
-    return loss, torch.count_nonzero(labels != IGNORED)
+    places = _trained(batch)
+
+    def kept(hidden: Tensor, head: Any) -> TeacherOutput:
+        return TeacherOutput(hidden.flatten(0, 1).index_select(0, places), keep(head))
+
+    output: TeacherOutput = call(model, batch, kept)
+    return output
+
+
+@dataclass(frozen=True)
+class Distill:
+    """(1 − mix) · divergence + mix · cross entropy, the mean over all trained tokens.
+
+    beta 0 is KL(teacher‖student), 1 KL(student‖teacher); `temperature` divides the logits of both
+    (Agarwal et al. 2024, arXiv:2306.13649). The batch holds "teacher", a `TeacherOutput`.
+    """
+
+    beta: float = 0.5
+    temperature: float = 1.0
+    mix: float = 0.0
+    needs_reference: bool = True
+    terms: tuple[str, ...] = ("targets",)
+    figures: tuple[str, ...] = ("divergence", "cross_entropy")
+
+    def weights(self, batch: Batch) -> dict[str, int]:
+        """Trained targets."""
+        return {"targets": batch.weight}
+
+    def __call__(self, model: nn.Module, batch: Tensors) -> tuple[Sums, Sums]:
+        """The loss sum, and the sums of its two parts."""
+        places = _trained(batch)
+
+        def loss_of(hidden: Tensor, head: Any) -> tuple[Sums, Sums]:
+            # Only where the head is: the other stages of a pipeline have nothing of the teacher's.
+            teacher: TeacherOutput = batch["teacher"]
+            found = linear_divergence(
+                hidden.flatten(0, 1).index_select(0, places),
+                head,
+                teacher.hidden,
+                teacher.head,
+                batch["labels"].flatten().index_select(0, places),
+                beta=self.beta,
+                temperature=self.temperature,
+                mix=self.mix,
+            )
+            figures = {"divergence": found.divergence, "cross_entropy": found.cross_entropy}
+            return {"targets": found.loss}, figures
+
+        result: tuple[Sums, Sums] = call(model, batch, loss_of)
+        return result
+
+
+def _trained(batch: Tensors) -> Tensor:
+    """Which of the own tokens are trained, numbered through all rows."""
+    return (batch["labels"].flatten() != IGNORED).nonzero().squeeze(-1)

@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from trainwright.data.batches import Batch
 
 Sums = dict[str, Tensor]  # scalars in fp32, by name
-Tensors = Mapping[str, Tensor | None]  # a micro-batch; see `training.micro_batches.to_tensors`
+# A micro-batch: tensors or None by name (`training.micro_batches.to_tensors`), and what another
+# model made of it.
+Tensors = Mapping[str, Any]
 
 
 class Objective(Protocol):
@@ -24,7 +26,9 @@ class Objective(Protocol):
 
     @property
     def needs_reference(self) -> bool:
-        """Whether micro-batches must hold "reference": the reference's scores of each sequence."""
+        """Whether micro-batches must hold what another model makes of them: "reference", the
+        reference's scores of each sequence, or "teacher".
+        """
 
     @property
     def terms(self) -> tuple[str, ...]:

@@ -22,7 +22,8 @@ Copies = Mapping[nn.Parameter, nn.Parameter]
 
 def on_host(parameters: Iterable[nn.Parameter]) -> dict[nn.Parameter, nn.Parameter]:
     """A copy on the host for each parameter, a part of the same whole where it is a DTensor."""
-    return {p: nn.Parameter(_like(p, _host_buffer(p).copy_(local(p).detach()))) for p in parameters}
+    copies = ((p, _host_buffer(p).copy_(local(p).detach())) for p in parameters)
+    return {p: nn.Parameter(as_part_of(p, copy)) for p, copy in copies}
 
 
 class OffloadedOptimizer(torch.optim.Optimizer):
@@ -79,7 +80,7 @@ class OffloadedOptimizer(torch.optim.Optimizer):
             if parameter.grad is not None:
                 buffer = self._gradients[index]
                 buffer.copy_(local(parameter.grad), non_blocking=True)
-                copy.grad = _like(parameter, buffer)
+                copy.grad = as_part_of(parameter, buffer)
         # Also for the last step's copies up: the inner step writes what they read.
         for device in {p.device for p, _ in self.pairs if p.device.type == "cuda"}:
             torch.cuda.current_stream(device).synchronize()
@@ -115,8 +116,8 @@ def _host_buffer(parameter: Tensor) -> Tensor:
     return torch.empty_like(own, device="cpu", pin_memory=own.device.type == "cuda")
 
 
-def _like(parameter: Tensor, local: Tensor) -> Tensor:
-    """`local`, on the host, as the same part of a whole as `parameter`."""
+def as_part_of(parameter: Tensor, local: Tensor) -> Tensor:
+    """`local`, which may be on the host, as the same part of a whole as `parameter`."""
     if not isinstance(parameter, DTensor):
         return local
     # Not `from_local`, which would move it to the mesh's devices.

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from trainwright.errors import Mistake, UserError
 from trainwright.optim.muon import Muon, Whole
 from trainwright.optim.offload import OffloadedOptimizer, on_host, whole_on_host
+from trainwright.optim.paged import PagedAdamW
 from trainwright.recipe.schema import Optimizer as OptimizerSection
 
 NO_FACTORS: Mapping[nn.Parameter, float] = {}
@@ -35,8 +36,8 @@ def build_optimizers(
     stay with AdamW. `replicas` are the workers that hold the same parameters, if any, and `whole`
     knows those that are parts of larger matrices. With `offload`, states and updates are on the
     host. `factors` multiply the learning rate of parameters that they name (LoRA+), for AdamW.
-    Raises UserError for `muon` where there is no such matrix, and for `adamw-8bit` without
-    torchao.
+    Raises UserError for `muon` where there is no such matrix, and for 8-bit and paged states
+    without the packages that make them.
     """
     trained = [p for p in parameters if p.requires_grad]
     if offload:
@@ -106,6 +107,10 @@ def _adamw(
         }
         for (vectors, _, factor), members in by_kind.items()
     ]
+    if section.is_paged:
+        bits = 8 if section.name == "paged-adamw-8bit" else 32
+        rate, betas, eps = section.learning_rate, section.betas, section.eps
+        return PagedAdamW(groups, rate, betas, eps, bits=bits)
     if section.name == "adamw-8bit":
         try:
             from torchao.optim import AdamW8bit

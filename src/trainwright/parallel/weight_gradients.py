@@ -20,6 +20,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trainwright.models.adapter_spec import BESIDE
+
 
 class WeightQueue:
     """Products that are still to be run, of one backward pass through one stage."""
@@ -67,11 +69,12 @@ def defer_weight_gradients(module: nn.Module) -> None:
     """Make every `nn.Linear` in `module` able to wait; without `deferred` nothing changes.
 
     The forward is replaced on the instance, so that names stay what they are. What a subclass
-    computes is its own, and is left alone. Raises ValueError where a forward was replaced already:
+    computes is its own, as is what a layer does that an adapter replaces whole; both are left
+    alone. Raises ValueError where a forward was replaced already:
     what else changes a layer comes after this, around it.
     """
     for name, linear in module.named_modules():
-        if type(linear) is not nn.Linear:
+        if type(linear) is not nn.Linear or hasattr(linear, BESIDE):
             continue
         if "forward" in vars(linear):
             raise ValueError(f"{name} has a forward of its own, which would be lost")

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from trainwright.models.families import DecoderConfig
+from trainwright.planner.beside import Beside, beside_of
 from trainwright.planner.layout import split_layers
 from trainwright.planner.plan import (
     ContextMethod,
@@ -53,6 +54,7 @@ class Candidate:
     neftune_alpha: float = 0.0
     adapter: Adapter | None = None
     keeps_originals: bool = False  # whether the model is also used as it was, without its adapter
+    beside: Beside | None = None  # a frozen model, spread in the same way
     compile: Literal["auto"] | bool = "auto"
     precision: Precision = "bf16"
     optimizer: str = "adamw"
@@ -183,8 +185,14 @@ def candidate_of(
     has_compiler: bool | None = None,
     adapter: Adapter | None = None,
     objective: Objective | None = None,
+    beside: Beside | None = None,
 ) -> Candidate:
-    """What a recipe asks for, on `world` workers; None asks for the fewest that could do."""
+    """What a recipe asks for, on `world` workers; None asks for the fewest that could do.
+
+    `beside` is the second model where the caller knows it better than the objective tells.
+    """
+    if beside is None and objective is not None:
+        beside = beside_of(objective, adapted=adapter is not None, model=model, native=native)
     given = {"dp_replicate": parallel.dp_replicate, "dp_shard": parallel.dp_shard}
     derived = {key for key, value in given.items() if value is None}
     derived |= {"zero"} if parallel.zero is None else set()
@@ -222,6 +230,7 @@ def candidate_of(
             neftune_alpha=training.neftune_alpha,
             adapter=adapter,
             keeps_originals=objective is not None and objective.needs_reference,
+            beside=beside,
             compile=training.compile,
             precision=training.precision,
             optimizer=optimizer,

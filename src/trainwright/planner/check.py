@@ -14,6 +14,8 @@ from pathlib import Path
 
 from trainwright.data.sources import check_source
 from trainwright.errors import Mistake, UserError
+from trainwright.models.scoring import gives_scores
+from trainwright.planner.beside import vocabulary_mistake
 from trainwright.planner.candidate import candidate_of
 from trainwright.planner.known_model import (
     directory_vocabulary,
@@ -22,39 +24,63 @@ from trainwright.planner.known_model import (
     known_vocabulary,
     read_local_config,
 )
-from trainwright.planner.legality import legality_mistakes
+from trainwright.planner.legality import beside_mistakes, legality_mistakes
 from trainwright.planner.make import batch_tokens_mistakes
 from trainwright.recipe.load import Check, Draft
 from trainwright.recipe.paths import is_spelt_as_path
-from trainwright.recipe.schema import DataSection, Training
+from trainwright.recipe.presets import model_config
+from trainwright.recipe.schema import EIGHT_BIT, PAGED, DataSection, ModelSection, Training
 
 _TRACKERS = {"tensorboard": "tensorboard", "wandb": "wandb", "trackio": "trackio"}
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 
 
 def check_model_shape(draft: Draft) -> Iterator[Mistake]:
-    """A new model's family, preset and config; a local model's config."""
+    """A new model's family, preset and config; a local model's config, and its kind of head."""
     if draft.model is not None:
-        known_config(draft.model, draft.tokenizer)  # raises UserError with all of them
+        # Raises UserError with all of them.
+        known_config(draft.model, draft.tokenizer, draft.objective)
     yield from ()
 
 
 def check_model_directory(draft: Draft) -> Iterator[Mistake]:
     """A pretrained model's directory: that it is there, and has a config and safetensors."""
-    if draft.model is None or draft.model.path is None:
+    if draft.model is not None and draft.model.path is not None:
+        yield from _directory_mistakes(draft.model.path, "model.path")
+
+
+def check_model_beside(draft: Draft) -> Iterator[Mistake]:
+    """A reference's or a teacher's directory, and that a teacher knows the model's tokens."""
+    if draft.objective is None:
         return
-    path, key = Path(draft.model.path), "model.path"
+    for name in ("reference", "teacher"):
+        path = getattr(draft.objective, name)
+        if path is not None:
+            yield from _directory_mistakes(path, f"objective.{name}")
+    if draft.objective.teacher is None or draft.model is None:
+        return
+    teacher = read_local_config(ModelSection(path=draft.objective.teacher)) or {}
+    own = (read_local_config(draft.model) or draft.model.config).get("vocab_size")
+    if own is None and draft.model.family is not None:
+        own = model_config(draft.model).get("vocab_size") or known_vocabulary(draft.tokenizer)
+    found = teacher.get("vocab_size")
+    if isinstance(own, int) and isinstance(found, int):
+        yield from filter(None, [vocabulary_mistake(own, found)])
+
+
+def _directory_mistakes(value: str, key: str) -> Iterator[Mistake]:
+    path = Path(value)
     if not path.is_dir():
         if path.is_file():
             yield Mistake(f"{path} is a file", "name the directory that it lies in", key)
-        elif is_spelt_as_path(draft.model.path) or draft.model.path.count("/") > 1:
+        elif is_spelt_as_path(value) or value.count("/") > 1:
             yield Mistake(f"there is no directory {path}", _near_directory(path), key)
         return
     config = path / "config.json"
     if not config.is_file():
         fix = "name a model in Hugging Face's layout, such as a run's `export` folder"
         yield Mistake(f"{path} has no config.json", fix, key)
-    elif read_local_config(draft.model) is None:
+    elif read_local_config(ModelSection(path=value)) is None:
         yield Mistake(f"{config} is not a JSON object", "save or download the model anew", key)
     if not any(path.glob("*.safetensors")):
         fix = "name a model in Hugging Face's layout, such as a run's `export` folder"
@@ -170,7 +196,7 @@ def check_layout(draft: Draft) -> Iterator[Mistake]:
     if draft.model is not None:
         native = known_native(draft.model)
         with contextlib.suppress(UserError):  # told by `check_model_shape`
-            config = known_config(draft.model, draft.tokenizer)
+            config = known_config(draft.model, draft.tokenizer, draft.objective)
     candidate = candidate_of(
         parallel,
         training,
@@ -183,6 +209,7 @@ def check_layout(draft: Draft) -> Iterator[Mistake]:
         objective=draft.objective,
     )
     yield from legality_mistakes(candidate)
+    yield from beside_mistakes(candidate)
 
 
 def check_schedule(draft: Draft) -> Iterator[Mistake]:
@@ -222,15 +249,35 @@ def check_best(draft: Draft) -> Iterator[Mistake]:
         )
 
 
+def check_second_model(draft: Draft) -> Iterator[Mistake]:
+    """A reference or a teacher that gives scores, where probabilities are asked for."""
+    for key in ("reference", "teacher"):
+        path = getattr(draft.objective, key, None)
+        config = read_local_config(ModelSection(path=path)) if path else None
+        if config is not None and gives_scores(config):
+            what = f"{path} is a reward model, which gives no probabilities of tokens"
+            yield Mistake(what, "name a language model", key=f"objective.{key}")
+
+
+def check_samples(draft: Draft) -> Iterator[Mistake]:
+    """Texts to complete, where the model is to score texts."""
+    if draft.objective is None or draft.evaluation is None:
+        return
+    if draft.objective.gives_scores and draft.evaluation.samples.prompts:
+        what = "a reward model writes no text that could be shown"
+        yield Mistake(what, "leave the prompts out", key="evaluation.samples.prompts")
+
+
 def check_installed(draft: Draft) -> Iterator[Mistake]:
     """Optional packages that the recipe asks for."""
-    wants_8bit = draft.optimizer is not None and draft.optimizer.name == "adamw-8bit"
-    if wants_8bit and not _is_installed("torchao"):
-        yield Mistake(
-            "`adamw-8bit` needs the package torchao, which is not installed",
-            "`pip install 'trainwright[quant]'`, or write `name: adamw`",
-            key="optimizer.name",
-        )
+    name = draft.optimizer.name if draft.optimizer is not None else "adamw"
+    for package, users in (("torchao", EIGHT_BIT), ("bitsandbytes", PAGED)):
+        if name in users and not _is_installed(package):
+            yield Mistake(
+                f"`{name}` needs the package {package}, which is not installed",
+                "`pip install 'trainwright[quant]'`, or write `name: adamw`",
+                key="optimizer.name",
+            )
     wants_float8 = draft.training is not None and draft.training.precision == "float8"
     if wants_float8 and not _is_installed("torchao"):
         yield Mistake(
@@ -250,6 +297,7 @@ def check_installed(draft: Draft) -> Iterator[Mistake]:
 recipe_checks: list[Check] = [
     check_model_shape,
     check_model_directory,
+    check_model_beside,
     check_tokenizer,
     check_vocabulary,
     check_sequence_length,
@@ -257,6 +305,8 @@ recipe_checks: list[Check] = [
     check_layout,
     check_schedule,
     check_best,
+    check_second_model,
+    check_samples,
     check_installed,
 ]
 

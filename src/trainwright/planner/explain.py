@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 
 from trainwright.models.families import DecoderConfig
 from trainwright.planner import memory
+from trainwright.planner.advice import Advice
+from trainwright.planner.budget import Budget
 from trainwright.planner.plan import Plan
 from trainwright.planner.schedules import make_schedule, placement
 from trainwright.planner.shapes import flops_per_token, parameter_count
 from trainwright.planner.timeline import simulate
 
+_GIB = 1 << 30
 _ZERO = {
     1: "optimizer state sharded (ZeRO-1)",
     2: "gradients and optimizer state sharded (ZeRO-2)",
@@ -18,8 +22,13 @@ _ZERO = {
 }
 
 
-def explain_plan(plan: Plan, config: DecoderConfig | None) -> list[tuple[str, str]]:
-    """Rows for the screen, name and value; sizes and costs only where `config` is known."""
+def explain_plan(
+    plan: Plan, config: DecoderConfig | None, budget: Budget | None = None
+) -> list[tuple[str, str]]:
+    """Rows for the screen, name and value; sizes and costs only where `config` is known.
+
+    `budget` is what is known of its memory, where more than the plan is.
+    """
     rows = [
         ("workers", _workers(plan)),
         *_layout(plan),
@@ -32,15 +41,50 @@ def explain_plan(plan: Plan, config: DecoderConfig | None) -> list[tuple[str, st
     if config is None:
         return rows
     flops = 3 * flops_per_token(config, plan.sequence_length) * plan.batch_tokens
-    states = memory.state_bytes(config, plan).total
-    activations = plan.micro_batch * memory.activation_bytes(config, plan)
-    return [
+    rows = [
         ("parameters", f"{parameter_count(config):,}"),
         *rows,
         ("model FLOPs", f"{in_words(flops, 'FLOP')} a step"),
+    ]
+    if budget is not None:
+        return [*rows, ("memory", _memory(budget))]
+    states = memory.state_bytes(config, plan).total
+    activations = plan.micro_batch * memory.activation_bytes(config, plan)
+    return [
+        *rows,
         ("states", f"{in_bytes(states)} a worker"),
         ("activations", f"{in_bytes(activations + memory.head_bytes(config, plan))} a worker"),
     ]
+
+
+def memory_lines(budget: Budget, measured: Mapping[str, float] | None = None) -> list[str]:
+    """The budget as a table, in GiB, with what was `measured` beside it.
+
+    `measured` are bytes by the budget's own names, "sum" and "limit".
+    """
+    beside = measured or {}
+    shown = [*budget.lines.items(), ("sum", budget.total), ("limit", budget.limit)]
+    lines = [f"{'memory of a worker':<20}{'GiB':>9}{'  measured' if measured else ''}"]
+    for name, size in shown:
+        found = f"{beside[name] / _GIB:10.2f}" if name in beside else ""
+        lines.append(f"  {name:<18}{size / _GIB:9.2f}{found}")
+    if budget.host:
+        lines.append(f"  {'(on the host)':<18}{budget.host / _GIB:9.2f}")
+    return lines
+
+
+def advice_lines(found: Sequence[Advice]) -> list[str]:
+    """What would make a recipe fit, one way a line, with the GiB that a worker would hold."""
+    if not found:
+        return ["No change of the recipe alone helps: a smaller model would, or more devices."]
+    width = max(len(str(each.change)) for each in found)
+    ways = [f"  {each.change!s:<{width}}{each.total / _GIB:9.2f} GiB" for each in found]
+    return ["What would make it fit, the least slow first:", *ways]
+
+
+def _memory(budget: Budget) -> str:
+    parts = ", ".join(f"{name} {in_bytes(size)}" for name, size in budget.lines.items())
+    return f"{in_bytes(budget.total)} of {in_bytes(budget.limit)} a worker: {parts}"
 
 
 def bubble(plan: Plan) -> float:

@@ -9,8 +9,9 @@ from typing import Any
 
 from trainwright.errors import Mistake, UserError
 from trainwright.models.families import FAMILIES, DecoderConfig, decoder_config, new_hf_config
+from trainwright.models.scoring import with_head
 from trainwright.recipe.presets import model_config
-from trainwright.recipe.schema import ModelSection, TokenizerSection
+from trainwright.recipe.schema import ModelSection, Objective, TokenizerSection
 
 BYTE_VOCABULARY = 259  # 256 bytes and the three special tokens of `tokenizer: bytes`
 _LIKELY_VOCABULARY = 32_000  # stands in where the tokenizer is not here yet
@@ -29,13 +30,20 @@ def known_vocabulary(tokenizer: TokenizerSection | None) -> int | None:
 
 def directory_vocabulary(directory: Path) -> int | None:
     """One more than the largest token id in a directory's tokenizer.json; None without one."""
+    tokens = directory_tokens(directory)
+    return None if tokens is None else max(tokens.values(), default=-1) + 1
+
+
+def directory_tokens(directory: Path) -> dict[str, int] | None:
+    """The ids of all tokens in a directory's tokenizer.json; None without one."""
     try:
         tokenizer = json.loads((directory / "tokenizer.json").read_text(encoding="utf-8"))
         entries = tokenizer["model"]["vocab"]
-        ids = list(entries.values()) if isinstance(entries, dict) else range(len(entries))
-        added = [token["id"] for token in tokenizer.get("added_tokens") or ()]
-        return max([*ids, *added], default=-1) + 1
-    except (OSError, ValueError, KeyError, TypeError):
+        if not isinstance(entries, dict):  # pieces with their scores, in order
+            entries = {entry[0]: number for number, entry in enumerate(entries)}
+        added = {each["content"]: each["id"] for each in tokenizer.get("added_tokens") or ()}
+        return {**entries, **added}
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
         return None
 
 
@@ -59,19 +67,28 @@ def known_native(model: ModelSection) -> bool | None:
 
 
 def known_config(
-    model: ModelSection, tokenizer: TokenizerSection | None = None
+    model: ModelSection,
+    tokenizer: TokenizerSection | None = None,
+    objective: Objective | None = None,
 ) -> DecoderConfig | None:
     """The decoder that the recipe describes; None for a hub id or a family we do not have.
 
     A new model's vocabulary is that of its config or its tokenizer, or 32,000 where neither is
-    known yet. Raises `UserError` with every mistake in the config, each with its recipe key.
+    known yet. Raises `UserError` with every mistake in the config, each with its recipe key, and
+    where the model is none for the objective.
     """
+    scores = objective is not None and objective.gives_scores
     if model.family is not None:
         shape = model_config(model)
         vocabulary = shape.get("vocab_size") or known_vocabulary(tokenizer) or _LIKELY_VOCABULARY
-        return decoder_config(new_hf_config(model.family, shape, vocabulary))
+        new = new_hf_config(model.family, shape, vocabulary)
+        return decoder_config(with_head(new, scores=scores))
     config = read_local_config(model)
-    if config is None or config.get("model_type") not in FAMILIES:
+    if config is None:
+        return None
+    if objective is not None:
+        config = with_head(config, scores=scores)
+    if config.get("model_type") not in FAMILIES:
         return None
     try:
         return decoder_config(config)

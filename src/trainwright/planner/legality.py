@@ -5,6 +5,7 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 from trainwright.errors import Mistake
@@ -114,6 +115,36 @@ def legality_mistakes(candidate: Candidate) -> list[Mistake]:
         fix = in_words(own or changes)
         mistakes.append(Mistake(rule.says(candidate), fix + rule.hint, rule.key_of(candidate)))
     return mistakes
+
+
+def beside_mistakes(candidate: Candidate) -> list[Mistake]:
+    """What keeps the model beside the trained one from being spread in the same way."""
+    beside = candidate.beside
+    if beside is None or beside.key == "objective":  # the trained model itself
+        return []
+    other = replace(
+        candidate,
+        model=beside.config,
+        native=beside.native,
+        # What its plan settles by itself, and what is done in training only.
+        ep=1,
+        stage_layers=(),
+        router_keys=(),
+        adapter=None,
+        dropout=0.0,
+        neftune_alpha=0.0,
+    )
+    name = beside.key.rpartition(".")[2]
+    own = {rule.name for rule in broken_rules(candidate)}
+    return [
+        Mistake(
+            f"the {name} is spread as the model is: {rule.says(other)}",
+            f"choose a {name} that the degrees divide, or other degrees: {rule.reason}",
+            key=beside.key,
+        )
+        for rule in broken_rules(other)
+        if rule.name not in own
+    ]
 
 
 def distance(a: Candidate, b: Candidate) -> float:

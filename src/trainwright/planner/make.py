@@ -8,11 +8,14 @@ from dataclasses import replace
 from trainwright.errors import Mistake, UserError
 from trainwright.models.families import DecoderConfig
 from trainwright.planner import memory
+from trainwright.planner.advice import Advice, advise
+from trainwright.planner.beside import Beside
+from trainwright.planner.budget import Budget, memory_budget
 from trainwright.planner.candidate import Candidate, candidate_of
 from trainwright.planner.explain import in_bytes
 from trainwright.planner.known_model import known_config, known_native
 from trainwright.planner.layout import divisors
-from trainwright.planner.legality import legality_mistakes
+from trainwright.planner.legality import beside_mistakes, legality_mistakes
 from trainwright.planner.plan import Machine, Plan
 from trainwright.planner.schedules import schedule_mistakes
 from trainwright.planner.shapes import flops_per_token
@@ -37,15 +40,58 @@ def make_plan(
     config: DecoderConfig | None = None,
     steps: int | None = None,
     native: bool | None = None,
+    beside: Beside | None = None,
 ) -> Plan:
     """The plan of `recipe` on `machine`.
 
-    `config` is the model where the caller knows it better than the recipe tells (a hub id), and
-    `steps` the length of the run where only the data tells (epochs); `native` says whether the
-    model is one of our families, where that is known. Raises `UserError` with every reason why the
-    recipe cannot run there, each with the nearest value that can.
+    `config` is the model where the caller knows it better than the recipe tells (a hub id),
+    `beside` the reference or teacher likewise, and `steps` the length of the run where only the
+    data tells (epochs); `native` says whether the model is one of our families, where that is
+    known. Raises `UserError` with every reason why the recipe cannot run there, each with the
+    nearest value that can.
     """
-    config = config or known_config(recipe.model, recipe.tokenizer)
+    config = config or known_config(recipe.model, recipe.tokenizer, recipe.objective)
+    try:
+        return _derived(recipe, machine, config, steps, native, beside)
+    except _TooLargeError as error:
+        assert config is not None
+        found = memory_advice(recipe, error.plan, machine, config, beside)
+        raise UserError(_too_large(error, found)) from None
+
+
+def memory_advice(
+    recipe: Recipe,
+    plan: Plan,
+    machine: Machine,
+    config: DecoderConfig,
+    beside: Beside | None = None,
+    limit: float | None = None,
+) -> list[Advice]:
+    """The shortest changes of `recipe` with which a worker holds at most `limit`, best first.
+
+    `plan` is its plan on `machine`, of whose free memory a worker has its share where no limit is
+    given; `beside` is as in `make_plan`.
+    """
+
+    def estimate(changed: Recipe) -> Budget:
+        other = beside
+        if other is not None:
+            other = replace(other, stays=not changed.objective.cache_reference)
+        there = _derived(changed, machine, config, None, True, other)
+        return memory_budget(changed, there, config, machine, other)
+
+    return advise(recipe, plan, estimate, limit)
+
+
+def _derived(
+    recipe: Recipe,
+    machine: Machine,
+    config: DecoderConfig | None,
+    steps: int | None,
+    native: bool | None,
+    beside: Beside | None,
+) -> Plan:
+    """The plan, where the recipe is legal and the states fit."""
     if native is None:
         native = True if config is not None else known_native(recipe.model)
     candidate = candidate_of(
@@ -61,8 +107,10 @@ def make_plan(
         has_compiler=machine.can_compile,
         adapter=recipe.adapter,
         objective=recipe.objective,
+        beside=beside,
     )
     mistakes = [*batch_tokens_mistakes(recipe.training, recipe.data), *legality_mistakes(candidate)]
+    mistakes += beside_mistakes(candidate)
     if mistakes:
         raise UserError(mistakes)
     micro, rows = candidate.micro_batch, candidate.own_rows
@@ -73,11 +121,36 @@ def make_plan(
         activation_offload=recipe.training.activation_offload,
     )
     if micro is None:
-        most = _most_rows(plan, machine, config, rows, candidate)
+        most = _most_rows(recipe, plan, machine, rows, candidate)
         micro = max(n for n in divisors(rows) if n <= most)
     elif config is not None:
-        _room(plan, machine, config, candidate)
+        _room(recipe, plan, machine, candidate)
     return replace(plan, micro_batch=micro, accumulation=rows // micro)
+
+
+class _TooLargeError(UserError):
+    """What a worker holds from step to step is more than it has."""
+
+    def __init__(self, plan: Plan, states: float, own: float) -> None:
+        super().__init__("too large")
+        self.plan, self.states, self.own = plan, states, own
+
+
+def _too_large(error: _TooLargeError, found: list[Advice]) -> Mistake:
+    on_cpu = error.plan.device == "cpu"
+    where = "worker" if on_cpu else "GPU"
+    fix = "choose a smaller model, or "
+    fix += "fewer workers" if on_cpu and error.plan.dp_shard == 1 else "more workers"
+    fix += " with `dp_shard`" if error.plan.dp_shard > 1 or not on_cpu else ""
+    if found:
+        ways = (f"{advice.change} ({in_bytes(advice.total)} a {where})" for advice in found)
+        fix = f"write {', or '.join(ways)}"
+    return Mistake(
+        f"weights, gradients and optimizer state take {in_bytes(error.states)} a {where}, which "
+        f"has {in_bytes(error.own)}",
+        fix,
+        key="model",
+    )
 
 
 def batch_tokens_mistakes(training: Training, data: DataSection) -> list[Mistake]:
@@ -153,40 +226,23 @@ def _too_many(asked: int, machine: Machine) -> Mistake:
     )
 
 
-def _room(plan: Plan, machine: Machine, config: DecoderConfig, candidate: Candidate) -> float:
-    """Bytes that a worker has for activations. Raises `UserError` where not even states fit."""
+def _room(recipe: Recipe, plan: Plan, machine: Machine, candidate: Candidate) -> float:
+    """Bytes that a worker has for activations. `_TooLargeError` where not even states fit."""
+    assert candidate.model is not None
     on_cpu = machine.device_kind == "cpu"
     own = machine.memory_bytes / (plan.world_size if on_cpu else 1)
-    adapter, fix = candidate.adapter, ", or `optimizer: adamw-8bit`"
-    if adapter is not None:
-        states = memory.adapted_state_bytes(config, plan, adapter)
-        fix = ", or `adapter.quantise: nf4`" if adapter.quantise == "none" else ""
-    else:
-        states = memory.state_bytes(config, plan).total
-        if candidate.keeps_originals:
-            states += memory.reference_bytes(config, plan)
-            fix = ", or an `adapter`, without which the model is its own reference"
-    if states > own:
-        where = "worker" if on_cpu else "GPU"
-        raise UserError(
-            Mistake(
-                f"weights, gradients and optimizer state take {in_bytes(states)} a {where}, which "
-                f"has {in_bytes(own)}",
-                "choose a smaller model, "
-                + ("fewer workers" if on_cpu and plan.dp_shard == 1 else "more workers")
-                + (" with `dp_shard`" if plan.dp_shard > 1 or not on_cpu else "")
-                + fix,
-                key="model",
-            )
-        )
-    return own * _MEMORY_SHARE - states - memory.head_bytes(config, plan)
+    budget = memory_budget(recipe, plan, candidate.model, machine, candidate.beside)
+    if budget.states > own:
+        raise _TooLargeError(plan, budget.states, own)
+    return own * _MEMORY_SHARE - budget.states - budget.lines["logits"]
 
 
 def _most_rows(
-    plan: Plan, machine: Machine, config: DecoderConfig | None, rows: int, candidate: Candidate
+    recipe: Recipe, plan: Plan, machine: Machine, rows: int, candidate: Candidate
 ) -> int:
     """Rows of a micro-batch that fit and keep a pipeline busy; at least 1."""
-    room = None if config is None else _room(plan, machine, config, candidate)
+    config = candidate.model
+    room = None if config is None else _room(recipe, plan, machine, candidate)
     most = float("inf")
     if config is None or room is None or machine.device_kind == "cpu":
         most = min(_CPU_MOST_ROWS, max(1, _MOST_TOKENS // plan.sequence_length))

@@ -12,13 +12,14 @@ from trainwright.models.families import DecoderConfig
 from trainwright.planner.parameters import Weight, layers_of, stage_weights, stages_of
 from trainwright.planner.plan import Plan, Recompute
 from trainwright.planner.schedules import make_schedule
-from trainwright.recipe.schema import Adapter
+from trainwright.recipe.schema import PAGED, Adapter
 
 # Of the stream and of weights that are gathered; float8 is made within each product.
 ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "float8": 2}
 _FP32 = 4
 # What an optimizer keeps of a parameter.
 _OPTIMIZER_BYTES = {"adamw": 8, "muon": 4, "adamw-8bit": 2}
+_OPTIMIZER_BYTES |= {"paged-adamw": 8, "paged-adamw-8bit": 2}
 _HEAD_CHUNK_BYTES = 3 * 4 * (1 << 24)  # a chunk's logits, their gradient and a copy, in fp32
 
 
@@ -29,8 +30,9 @@ class Memory:
     `parameters` and `gradients` are the worker's own fp32 parts; `whole_gradients` those that
     ZeRO-1 adds up whole, and has instead of its own until the last; `gathered` what FSDP2 has
     gathered, in the type of products; `reducing` the gradients in fp32 that it reduced last, which
-    it lets go of with the next; `narrow` autocast's copies of whole weights. `host` of them lie in
-    the host's memory by `offload`.
+    it lets go of with the next; `narrow` autocast's copies of whole weights; `frozen` the weights
+    that an adapter leaves as they are, quantised or not. `host` of them lie in the host's memory by
+    `offload`, or may go there page by page.
     """
 
     parameters: float
@@ -40,13 +42,14 @@ class Memory:
     gathered: float = 0.0
     reducing: float = 0.0
     narrow: float = 0.0
+    frozen: float = 0.0
     host: float = 0.0
 
     @property
     def total(self) -> float:
         """Bytes on the device."""
         held = self.parameters + (self.whole_gradients or self.gradients) + self.optimizer
-        return held + self.gathered + self.reducing + self.narrow - self.host
+        return held + self.gathered + self.reducing + self.narrow + self.frozen - self.host
 
 
 def state_bytes(config: DecoderConfig, plan: Plan, pp_rank: int | None = None) -> Memory:
@@ -60,9 +63,9 @@ def state_bytes(config: DecoderConfig, plan: Plan, pp_rank: int | None = None) -
     whole = sum(weight.elements(plan) for weight in weights)
     element, sharded = ELEMENT_BYTES[plan.precision], plan.dp_shard > 1
     optimizer = sum(_optimizer_bytes(weight, plan) for weight in weights)
-    host = 0.0
-    if plan.device == "cuda" and plan.offload != "none":
-        host = optimizer + (2 * _FP32 * own if plan.offload == "parameters" else 0)
+    host = _leaves_device(plan) * optimizer
+    if host and plan.offload == "parameters":
+        host += 2 * _FP32 * own
     gathered = reducing = narrow = 0.0
     if sharded:
         gathered = element * (whole if plan.zero < 3 else _gathered_at_once(stages, plan))
@@ -83,35 +86,54 @@ def state_bytes(config: DecoderConfig, plan: Plan, pp_rank: int | None = None) -
     )
 
 
-def adapted_state_bytes(config: DecoderConfig, plan: Plan, adapter: Adapter) -> float:
+def adapted_state_bytes(config: DecoderConfig, plan: Plan, adapter: Adapter) -> Memory:
     """States of the fullest worker where an adapter is trained on a model that stays as it is.
 
     Every matrix of the blocks is counted as having one, and all of `train_also` as embeddings: a
     little more than there is where fewer are meant.
     """
+    every = [_adapted_bytes(config, plan, adapter, pp_rank) for pp_rank in range(plan.pp)]
+    return max(every, key=lambda memory: memory.total)
+
+
+def _adapted_bytes(config: DecoderConfig, plan: Plan, adapter: Adapter, pp_rank: int) -> Memory:
     quantised = {"none": _FP32, "int8": 1.02, "nf4": 0.52}[adapter.quantise]
-    a_value = 2 * _FP32 + _OPTIMIZER_BYTES[plan.optimizer]
-    most = 0.0
-    for pp_rank in range(plan.pp):
-        base = trained = 0.0
-        for stage in stages_of(plan, pp_rank):
-            for weight in (each for group in stage_weights(config, plan, stage) for each in group):
-                matrix = weight.group == "block" and len(weight.shape) == 2
-                base += weight.shard(plan) * (quantised if matrix else _FP32)
-                if matrix:
-                    trained += adapter.rank * sum(weight.local(plan)) / weight.shards(plan)
-                elif weight.group == "outer" and len(weight.shape) == 2:
-                    trained += weight.shard(plan) * min(1, len(adapter.train_also))
-        narrow = 0.0
-        if plan.dp_shard == 1 and plan.precision != "fp32" and adapter.quantise == "none":
-            narrow = base * ELEMENT_BYTES[plan.precision] / _FP32
-        most = max(most, base + narrow + a_value * trained)
-    return most
+    base = trained = 0.0
+    for stage in stages_of(plan, pp_rank):
+        for weight in (each for group in stage_weights(config, plan, stage) for each in group):
+            matrix = weight.group == "block" and len(weight.shape) == 2
+            base += weight.shard(plan) * (quantised if matrix else _FP32)
+            if matrix:
+                trained += adapter.rank * sum(weight.local(plan)) / weight.shards(plan)
+            elif weight.group == "outer" and len(weight.shape) == 2:
+                trained += weight.shard(plan) * min(1, len(adapter.train_also))
+    narrow = 0.0
+    if plan.dp_shard == 1 and plan.precision != "fp32" and adapter.quantise == "none":
+        narrow = base * ELEMENT_BYTES[plan.precision] / _FP32
+    optimizer = _OPTIMIZER_BYTES[plan.optimizer] * trained
+    return Memory(
+        parameters=_FP32 * trained,
+        gradients=_FP32 * trained,
+        optimizer=optimizer,
+        narrow=narrow,
+        frozen=base,
+        host=_leaves_device(plan) * optimizer,
+    )
 
 
 def reference_bytes(config: DecoderConfig, plan: Plan) -> float:
     """A second model that answers are compared with, on the fullest worker."""
     return state_bytes(config, plan).parameters
+
+
+def teacher_bytes(config: DecoderConfig, plan: Plan, rows: int) -> float:
+    """What a teacher leaves until a step's losses: its last hidden states of a worker's `rows`.
+
+    All tokens are counted as trained. Where weights are sharded there is a whole head besides.
+    """
+    tokens = rows * plan.sequence_length / plan.cp
+    head = config.vocab_size // plan.tp if plan.dp_shard > 1 else 0
+    return ELEMENT_BYTES[plan.precision] * config.hidden_size * (tokens + head)
 
 
 def activation_bytes(config: DecoderConfig, plan: Plan, pp_rank: int | None = None) -> float:
@@ -135,9 +157,15 @@ def activation_bytes(config: DecoderConfig, plan: Plan, pp_rank: int | None = No
     return (held + at_once) * plan.sequence_length / plan.cp
 
 
-def head_bytes(config: DecoderConfig, plan: Plan) -> float:
-    """What the chunked output head holds besides: a chunk's logits, and its weight's gradient."""
-    return _HEAD_CHUNK_BYTES + 4 * config.vocab_size // plan.tp * config.hidden_size
+def head_bytes(config: DecoderConfig, plan: Plan, *, trained: bool = True) -> float:
+    """What the chunked output head holds besides: a chunk's logits, and its weight's gradient.
+
+    Where the head is not `trained` there is no such gradient.
+    """
+    if config.scores:
+        return 4 * config.hidden_size
+    gradient = 4 * config.vocab_size // plan.tp * config.hidden_size if trained else 0
+    return _HEAD_CHUNK_BYTES + gradient
 
 
 def in_flight(plan: Plan, pp_rank: int, cost: dict[int, float] | None = None) -> list[int]:
@@ -243,6 +271,11 @@ def _whole_less_kept(config: DecoderConfig, plan: Plan, stage: int, layer: int) 
     policy = plan.stage_recompute(stage)
     whole = layer_bytes(config, plan, layer, "none")
     return whole - layer_bytes(config, plan, layer, policy)
+
+
+def _leaves_device(plan: Plan) -> bool:
+    """Whether the optimizer's state lies on the host, or can go there."""
+    return plan.device == "cuda" and (plan.offload != "none" or plan.optimizer in PAGED)
 
 
 def _optimizer_bytes(weight: Weight, plan: Plan) -> float:

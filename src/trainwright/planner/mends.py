@@ -98,6 +98,16 @@ def columns_unit(c: Candidate) -> int:
     return c.tp * c.cp * halves
 
 
+def without_pages(c: Candidate) -> Iterable[Change]:
+    """The optimizer that is the same but for its pages."""
+    yield {"optimizer": c.optimizer.removeprefix("paged-")}
+
+
+def without_eight_bits(c: Candidate) -> Iterable[Change]:
+    """The optimizer that is the same with states of 32 bits."""
+    yield {"optimizer": c.optimizer.removesuffix("-8bit")}
+
+
 def plain_policies(c: Candidate) -> Iterable[Change]:
     """Named policies in place of memory budgets."""
     yield {

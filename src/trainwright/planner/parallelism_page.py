@@ -45,6 +45,7 @@ _FEATURES: dict[str, dict[str, Any]] = {
     "`offload: parameters`": {"dp_shard": 2, "offload": "parameters"},
     "`dropout`": {"dropout": 0.1},
     "`adamw-8bit`": {"optimizer": "adamw-8bit"},
+    "`paged-adamw`": {"optimizer": "paged-adamw", "device": "cuda"},
     "`adapter`": {"adapter": Adapter()},
     "`adapter` with dropout": {"adapter": Adapter(dropout=0.1)},
     "`adapter`, `quantise: nf4`": {"adapter": Adapter(quantise="nf4")},

@@ -87,7 +87,9 @@ def outer_weights(config: DecoderConfig, *, embeds: bool, heads: bool) -> Iterat
         yield vocabulary
     if heads:
         yield Weight((config.hidden_size,), group="outer")
-        if not config.tied_embeddings:
+        if config.scores:
+            yield Weight((1, config.hidden_size), group="outer")
+        elif not config.tied_embeddings:
             yield vocabulary
 
 

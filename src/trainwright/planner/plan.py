@@ -15,7 +15,11 @@ from trainwright.errors import UserError
 
 @dataclass(frozen=True)
 class Machine:
-    """What there is to train on. `memory_bytes` is one device's, or the host's on a CPU."""
+    """What there is to train on.
+
+    `memory_bytes` is one device's, or the host's on a CPU, of which `free_bytes` are free now; 0
+    where that is not known.
+    """
 
     devices: int
     device_kind: Literal["cpu", "cuda"]
@@ -24,6 +28,7 @@ class Machine:
     can_compile: bool = False  # a C compiler is found
     launched: int = 0  # workers that torchrun or another launcher has started; 0 without one
     has_float8: bool = False  # GPUs of compute capability 8.9 or more
+    free_bytes: int = 0
 
 
 Precision = Literal["fp32", "bf16", "fp16", "float8"]

@@ -41,7 +41,10 @@ from trainwright.planner.mends import (
     plain_policies,
     schedules,
     virtual_stages,
+    without_eight_bits,
+    without_pages,
 )
+from trainwright.recipe.schema import EIGHT_BIT, PAGED
 
 
 @dataclass(frozen=True)
@@ -354,9 +357,30 @@ RULES: tuple[Rule, ...] = (
         ("optimizer.name", "parallel.tp", "parallel.ep"),
         "8-bit states are scaled by blocks of neighbouring elements, which tp and ep would draw "
         "otherwise",
-        lambda c: c.optimizer != "adamw-8bit" or c.tp == c.ep == 1,
-        lambda c: "`adamw-8bit` scales its state by blocks, which tp and ep would draw otherwise",
-        any_of(other_values(optimizer="adamw"), lambda c: [{"tp": 1, "ep": 1}]),
+        lambda c: c.optimizer not in EIGHT_BIT or c.tp == c.ep == 1,
+        lambda c: (
+            f"`{c.optimizer}` scales its state by blocks, which tp and ep would draw otherwise"
+        ),
+        any_of(without_eight_bits, lambda c: [{"tp": 1, "ep": 1}]),
+    ),
+    Rule(
+        "paged-device",
+        ("optimizer.name",),
+        "paged states go from a GPU's memory to the host's",
+        lambda c: c.optimizer not in PAGED or c.device != "cpu",
+        lambda c: f"`{c.optimizer}` pages its state from a GPU to the host, and here is no GPU",
+        without_pages,
+    ),
+    Rule(
+        "paged-offload",
+        ("parallel.offload", "optimizer.name"),
+        "paged states are on the host when there is need; offloaded ones always are",
+        lambda c: c.optimizer not in PAGED or c.offload == "none",
+        lambda c: (
+            f"`{c.optimizer}` pages its state to the host, and offload {c.offload} has it "
+            "there already"
+        ),
+        any_of(other_values(offload="none"), without_pages),
     ),
     Rule(
         "compiler",

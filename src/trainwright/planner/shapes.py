@@ -75,9 +75,14 @@ def count_parameters(config: DecoderConfig) -> Parameters:
         embedding=embedding,
         by_layer=tuple(block_parameters(config, layer) for layer in range(config.num_layers)),
         final_norm=config.hidden_size,
-        head=0 if config.tied_embeddings else embedding,
+        head=0 if config.tied_embeddings else config.hidden_size * head_outputs(config),
         active_share=1.0 if experts is None else experts.per_token / experts.count,
     )
+
+
+def head_outputs(config: DecoderConfig) -> int:
+    """What the output head makes of a token: logits over the vocabulary, or one score."""
+    return 1 if config.scores else config.vocab_size
 
 
 def block_parameters(config: DecoderConfig, layer: int) -> BlockParameters:
@@ -151,7 +156,7 @@ def flops_per_token(config: DecoderConfig, sequence_length: int) -> float:
         2 * heads * widths * visible_keys(sequence_length, window)
         for window in config.layer_windows
     )
-    head = 2 * hidden * config.vocab_size
+    head = 2 * hidden * head_outputs(config)
     return float(matrices + attention + head)
 
 

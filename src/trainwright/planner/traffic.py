@@ -163,7 +163,8 @@ class _Stage:
             once = gathered(self.stream, plan.tp)
             total["tp", "all_gather"] += once
             total["tp", "reduce_scatter"] += once
-            total["tp", "all_reduce"] += reduced(3 * _FP32 * self.tokens, plan.tp)
+            if not self.config.scores:  # whose sum is over sequences, and next to nothing
+                total["tp", "all_reduce"] += reduced(3 * _FP32 * self.tokens, plan.tp)
         return total
 
     def _boundaries(self) -> Traffic:

@@ -6,9 +6,9 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
 
-from trainwright.recipe.section import NotNegative, NotTruth, Positive, Section, refusal
+from trainwright.recipe.section import Fraction, NotNegative, NotTruth, Positive, Section, refusal
 
-Kind = Literal["next_token", "sft", "dpo", "kto", "orpo", "cpo", "simpo"]
+Kind = Literal["next_token", "sft", "dpo", "kto", "orpo", "cpo", "simpo", "reward", "distill"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 TrainOn = Literal["completion", "assistant", "all"]
 
@@ -25,19 +25,28 @@ APART = ("nca", "bco", "sppo", "apo_zero", "apo_down", "aot", "aot_unpaired")
 
 # Which kinds each key belongs to; the others refuse it.
 KINDS_OF: dict[str, tuple[Kind, ...]] = {
-    "train_on": ("sft",),
+    "train_on": ("sft", "distill"),
     "loss": ("dpo",),
-    "beta": ("dpo", "kto", "orpo", "cpo", "simpo"),
+    "beta": ("dpo", "kto", "orpo", "cpo", "simpo", "distill"),
     "label_smoothing": ("dpo", "cpo"),
     "divergence": ("dpo",),
     "sft_weight": ("orpo", "cpo", "simpo"),
     "margin": ("simpo",),
     "desirable_weight": ("kto",),
     "undesirable_weight": ("kto",),
+    "center": ("reward",),
     "reference": ("dpo", "kto"),
+    "cache_reference": ("dpo", "kto"),
+    "teacher": ("distill",),
+    "temperature": ("distill",),
+    "mix": ("distill",),
 }
-PAIRED: tuple[Kind, ...] = ("dpo", "orpo", "cpo", "simpo")
-BETAS: dict[str, float] = {"dpo": 0.1, "kto": 0.1, "orpo": 0.1, "cpo": 0.1, "simpo": 2.0}
+PAIRED: tuple[Kind, ...] = ("dpo", "orpo", "cpo", "simpo", "reward")
+BETAS: dict[str, float] = {
+    **dict.fromkeys(("dpo", "kto", "orpo", "cpo"), 0.1),
+    "simpo": 2.0,
+    "distill": 0.5,
+}
 
 
 class Objective(Section):
@@ -48,13 +57,14 @@ class Objective(Section):
     kind: Kind = Field(
         "next_token",
         description="`next_token` on plain text; `sft` on examples and conversations; from pairs "
-        "of a better and a worse answer `dpo`, `orpo`, `cpo` or `simpo`; `kto` from answers marked "
-        "good or bad.",
+        "of a better and a worse answer `dpo`, `orpo`, `cpo` or `simpo`, or `reward`, which makes "
+        "a model that scores answers; `kto` from answers marked good or bad; "
+        "`distill` on examples, towards a teacher's answers.",
     )
     train_on: TrainOn | None = Field(
         None,
         description="Which tokens of an example are trained: the last answer (`completion`), "
-        "every `assistant` turn (the default for conversations), or `all`. For sft.",
+        "every `assistant` turn (the default for conversations), or `all`. For sft and distill.",
         examples=["completion"],
     )
     loss: str | dict[str, float] = Field(
@@ -64,10 +74,12 @@ class Objective(Section):
         + ".",
         examples=[{"sigmoid": 1.0, "sft": 0.2}],
     )
-    beta: Positive | None = Field(
+    beta: NotNegative | None = Field(
         None,
         description="How dearly moving away from the reference is paid (dpo, kto), or the weight "
-        "of the preference (orpo, cpo, simpo); default 0.1, for simpo 2.",
+        "of the preference (orpo, cpo, simpo); default 0.1, for simpo 2. For distill, where the "
+        "divergence lies between KL(teacher‖student) at 0 and KL(student‖teacher) at 1; default "
+        "0.5.",
         examples=[0.1],
     )
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5), NotTruth] = Field(
@@ -90,11 +102,37 @@ class Objective(Section):
     )
     desirable_weight: Positive = Field(1.0, description="kto's weight of good answers.")
     undesirable_weight: Positive = Field(1.0, description="kto's weight of bad answers.")
+    center: NotNegative = Field(
+        0.0,
+        description="reward's weight of the squared sum of a pair's two scores, which keeps scores "
+        "around 0; 0.01 is usual.",
+        examples=[0.01],
+    )
     reference: str | None = Field(
         None,
         description="Directory or hub id of dpo's and kto's reference model; default the model as "
         "it was at the start (with an adapter, the model without it).",
         examples=["./reference-model"],
+    )
+    cache_reference: bool = Field(
+        False,
+        description="Whether dpo and kto take what the reference makes of every answer once, "
+        "before they train, and keep it in the cache for later runs. A second model is then not "
+        "kept in memory.",
+    )
+    teacher: str | None = Field(
+        None,
+        description="Directory or hub id of the model that distill learns from. Its vocabulary is "
+        "the trained model's.",
+        examples=["./teacher-model"],
+    )
+    temperature: Positive = Field(
+        1.0, description="What distill divides both models' logits by before it compares them."
+    )
+    mix: Fraction = Field(
+        0.0,
+        description="Weight of the answers' own cross entropy in distill's loss; the divergence "
+        "has the rest.",
     )
 
     @model_validator(mode="after")
@@ -108,6 +146,22 @@ class Objective(Section):
                     "leave it out, or change `kind`",
                     key,
                 )
+        return self
+
+    @model_validator(mode="after")
+    def beta_in_its_range(self) -> Objective:
+        if self.kind == "distill" and self.strength > 1:
+            what = f"beta is {self.strength:g}, and lies between two divergences, 0 and 1"
+            raise refusal(what, "write `beta: 0.5`", "beta")
+        if self.kind != "distill" and self.beta == 0:
+            raise refusal("beta is 0, and nothing would be learnt", "write `beta: 0.1`", "beta")
+        return self
+
+    @model_validator(mode="after")
+    def has_a_teacher(self) -> Objective:
+        if self.kind == "distill" and not self.teacher:
+            fix = "write `teacher: DIRECTORY`, or a hub id"
+            raise refusal("distill learns from a teacher, and none is named", fix, "teacher")
         return self
 
     @model_validator(mode="after")
@@ -154,6 +208,11 @@ class Objective(Section):
     def needs_reference(self) -> bool:
         """Whether answers are compared with what a reference makes of them."""
         return self.kind == "kto" or (self.kind == "dpo" and self.losses.keys() != {"sft"})
+
+    @property
+    def gives_scores(self) -> bool:
+        """Whether the model is trained to score texts, and not to write them."""
+        return self.kind == "reward"
 
     @property
     def sequences(self) -> int:

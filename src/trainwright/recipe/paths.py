@@ -17,7 +17,7 @@ _FILE_KINDS = ("text", "jsonl", "parquet", "arrow")
 # Sections' keys that name a directory, or something on the hub or of our own.
 _NAMES = (
     *(("model", "path"), ("tokenizer", "path"), ("tokenizer", "chat_template")),
-    *(("objective", "reference"), ("adapter", "path")),
+    *(("objective", "reference"), ("objective", "teacher"), ("adapter", "path")),
 )
 # "owner/name", unless it ends as files do.
 _HUB_ID = re.compile(r"[\w-][\w.-]*/(?![\w.-]*\.[A-Za-z]+$)[\w.-]+")
@@ -56,6 +56,11 @@ def _places(tree: dict[str, Any]) -> Iterator[_Place]:
     for name, key in _NAMES:
         if isinstance(tree.get(name), dict):
             yield _Place(tree[name], key, (name, key), "name")
+    evaluation = tree.get("evaluation")
+    tasks = evaluation.get("tasks") if isinstance(evaluation, dict) else None
+    for index, task in enumerate(tasks if isinstance(tasks, list) else ()):
+        if isinstance(task, dict):
+            yield _Place(task, "path", ("evaluation", "tasks", index, "path"), "folder")
     data = tree.get("data")
     if isinstance(data, dict):
         yield _Place(data, "cache", ("data", "cache"), "folder")

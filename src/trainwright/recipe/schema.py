@@ -8,12 +8,14 @@ them), and nothing here touches files or devices.
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from trainwright.recipe.adapter import Adapter
+from trainwright.recipe.evaluation import Evaluation, Sampling, Task
 from trainwright.recipe.inputs import (
     DataSection,
     ModelSection,
@@ -51,6 +53,7 @@ __all__ = [
     "Section",
     "Source",
     "SourceKind",
+    "Task",
     "TokenizerSection",
     "Tracking",
     "TrainTokenizer",
@@ -157,15 +160,22 @@ class Training(Section):
         return self
 
 
+OptimizerName = Literal["adamw", "muon", "adamw-8bit", "paged-adamw", "paged-adamw-8bit"]
+PAGED: tuple[OptimizerName, ...] = ("paged-adamw", "paged-adamw-8bit")  # in unified memory
+EIGHT_BIT: tuple[OptimizerName, ...] = ("adamw-8bit", "paged-adamw-8bit")
+
+
 class Optimizer(Section):
     """The update rule. A plain string means `name`."""
 
     shorthand = "name"
 
-    name: Literal["adamw", "muon", "adamw-8bit"] = Field(
+    name: OptimizerName = Field(
         "adamw",
-        description="`adamw` (fused), `muon` for the blocks' matrices with AdamW for the rest, or "
-        "`adamw-8bit` (extra `quant`).",
+        description="`adamw` (fused); `muon` for the blocks' matrices with AdamW for the rest; "
+        "with the extra `quant`, `adamw-8bit`, whose state takes a quarter, and on a GPU "
+        "`paged-adamw` and `paged-adamw-8bit`, whose state goes to the host's memory when the "
+        "GPU's is full.",
     )
     learning_rate: Positive = Field(3e-4, description="Peak learning rate.")
     weight_decay: NotNegative = Field(
@@ -174,6 +184,11 @@ class Optimizer(Section):
     betas: tuple[Fraction, Fraction] = Field((0.9, 0.95), description="AdamW's moment decay rates.")
     eps: Positive = Field(1e-8, description="AdamW's denominator term.")
     momentum: Fraction = Field(0.95, description="Muon's momentum.")
+
+    @property
+    def is_paged(self) -> bool:
+        """Whether the state lies in unified memory."""
+        return self.name in PAGED
 
 
 class Schedule(Section):
@@ -214,39 +229,6 @@ class Checkpoint(Section):
     )
 
 
-class Sampling(Section):
-    """Completions written during evaluation."""
-
-    prompts: list[str] = Field(
-        default_factory=list,
-        description="Prompts to complete.",
-        examples=[["Once upon a time"]],
-    )
-    max_new_tokens: Count = Field(48, description="Most tokens to add to a prompt.")
-    temperature: NotNegative = Field(0.7, description="0 is greedy.")
-    top_p: Annotated[float, Field(gt=0, le=1), NotTruth] = Field(
-        0.95, description="Nucleus sampling's probability mass."
-    )
-
-
-class Evaluation(Section):
-    """Held-out loss and samples, during training and at its end."""
-
-    every: Count | None = Field(
-        None,
-        description="Steps between evaluations; default every other checkpoint. The last step is "
-        "always evaluated.",
-        examples=[100],
-    )
-    rows: Count | None = Field(
-        None,
-        description="Most held-out rows to score during training; the last evaluation scores "
-        "them all.",
-        examples=[64],
-    )
-    samples: Sampling = Field(default_factory=Sampling, description="Completions to show.")
-
-
 class Tracking(Section):
     """Where metrics go besides `metrics.jsonl`."""
 
@@ -259,8 +241,11 @@ class Tracking(Section):
     project: str = Field("trainwright", description="Project name shown by the trackers.")
 
 
+GgufType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
+
+
 class Export(Section):
-    """The Hugging Face directory made from the last checkpoint."""
+    """What is made from the last checkpoint: a Hugging Face directory, GGUF files, an upload."""
 
     at_end: bool = Field(True, description="Export when training ends.")
     merge: bool = Field(
@@ -270,6 +255,28 @@ class Export(Section):
     )
     dtype: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="Type of the weights.")
     shard_bytes: Count = Field(5_000_000_000, description="Most bytes in a weight file.")
+    gguf: list[GgufType] = Field(
+        default_factory=list,
+        description="GGUF files to write besides, into the run's `gguf/`, for llama.cpp and what "
+        "is built on it (extra `gguf`); an adapter is merged first.",
+        examples=[["f16", "q8_0"]],
+    )
+    push: str | None = Field(
+        None,
+        description="Repository on the Hugging Face hub, as OWNER/NAME, to upload what was "
+        "exported to.",
+        examples=["me/my-model"],
+    )
+    private: bool = Field(False, description="Whether `push` makes a private repository.")
+
+    @model_validator(mode="after")
+    def more_only_at_the_end(self) -> Export:
+        if not self.at_end and (self.gguf or self.push):
+            key = "gguf" if self.gguf else "push"
+            raise refusal(f"`{key}` is done at the end, and `at_end` is false", "leave it out", key)
+        if self.push is not None and not re.fullmatch(r"[\w.-]+/[\w.-]+", self.push):
+            raise refusal(f"{self.push!r} is no name of a repository", "write OWNER/NAME", "push")
+        return self
 
 
 class Recipe(Section):
@@ -334,6 +341,12 @@ class Recipe(Section):
                 "LoRA+ gives AdamW's learning rates factors, and muon would update the matrices",
                 "write `optimizer: adamw`, or leave `plus_ratio` out",
                 "adapter.plus_ratio",
+            )
+        if self.evaluation.tasks and self.objective.gives_scores:
+            raise refusal(
+                "a reward model scores texts and answers no questions",
+                "leave the tasks out: the validation loss has the share of pairs it ranks right",
+                "evaluation.tasks",
             )
         if self.learns_examples and self.data.packing == "concat":
             raise refusal(

@@ -43,6 +43,7 @@ class History:
     directory: Path
     columns: dict[str, array] = field(default_factory=lambda: {key: array("d") for key in COLUMNS})
     evaluations: dict[tuple[str, int], Record] = field(default_factory=dict)  # by (name, step)
+    tasks: dict[str, Record] = field(default_factory=dict)  # by name, the newest of each
     traffic: dict[str, list[Record]] = field(default_factory=dict)  # by dimension, a record a step
     samples: list[Record] = field(default_factory=list)
     checkpoints: list[Record] = field(default_factory=list)
@@ -139,6 +140,8 @@ def _take(history: History, record: Record) -> None:
             history.broken_steps.append(record["step"])
     elif kind == "evaluation":
         history.evaluations[record.get("name") or "validation", record["step"]] = record
+    elif kind == "task":
+        history.tasks[record["name"]] = record
     elif kind == "sample":
         history.samples.append(record)
     elif kind == "checkpoint":

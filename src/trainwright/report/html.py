@@ -26,7 +26,7 @@ from trainwright.report.history import (
     median,
     read_history,
 )
-from trainwright.report.records import METRICS_FILE
+from trainwright.report.records import METRICS_FILE, SCORES
 from trainwright.report.tables import (
     bytes_text,
     count_text,
@@ -95,6 +95,7 @@ def render(history: History) -> str:
         figures=figures(history),
         warnings=warnings(history),
         charts=charts,
+        tasks=task_rows(history),
         traffic=traffic_rows(history),
         sampled=shown,
         hidden_samples=len({record["step"] for record in history.samples}) - len(shown),
@@ -153,6 +154,10 @@ def figures(history: History) -> list[Figure]:
                     f"{name}, step {scored[-1]['step']:,}",
                 )
             )
+        if last.get("rewards/accuracies") is not None:
+            share = percent_text(last["rewards/accuracies"])
+            margin = f"{name}, margin {significant(last['rewards/margins'])}"
+            found.append(Figure("preferred", share, margin))
     loss = final_loss(history)
     if loss is not None:
         steps = min(LAST_STEPS, len(columns["loss"]))
@@ -176,6 +181,19 @@ def figures(history: History) -> list[Figure]:
         note = "of one worker" if (worker_count(history) or 1) > 1 else ""
         found.append(Figure("peak memory", bytes_text(max(memory)), note))
     return found
+
+
+def task_rows(history: History) -> list[tuple[str, str, str, int, int]]:
+    """Of every task each score: name, score, its value with the standard error, rows, step."""
+    rows = []
+    for name, record in history.tasks.items():
+        for score in SCORES:
+            if score in record:
+                error = record.get(f"{score}_stderr")
+                value = percent_text(record[score])
+                value += "" if error is None else f" ± {percent_text(error)}"
+                rows.append((name, score, value, record["rows"], record["step"]))
+    return rows
 
 
 def warnings(history: History) -> list[str]:
@@ -253,6 +271,7 @@ def links(run_directory: Path) -> list[tuple[str, str]]:
         METRICS_FILE: "all records, one JSON object a line",
         "export": "the model in Hugging Face's layout",
         "checkpoints": "saved states",
+        "tasks": "what the model answered",
         "logs": "output of each worker",
         "tensorboard": "TensorBoard's event files",
     }

@@ -6,7 +6,10 @@
     step        step, loss, learning_rate, gradient_norm, tokens, tokens_total, seconds,
                 tokens_per_second, mfu, memory_bytes, batch_hash; with several workers traffic:
                 of the first, by dimension, its bytes, seconds and calls
-    evaluation  step, name, loss, bits_per_byte, targets
+    evaluation  step, name, loss, bits_per_byte, targets, and the objective's own figures; of a set
+                of several sources, another record for each, named set/source
+    task        step, name, task (its kind), rows, and each score with its standard error:
+                exact_match, exact_match_stderr, or acc and acc_norm
     sample      step, prompt, completion
     checkpoint  step, seconds_stalled, bytes
     end         step, seconds
@@ -28,10 +31,12 @@ Record = dict[str, Any]
 
 METRICS_FILE = "metrics.jsonl"
 
+SCORES = ("exact_match", "acc", "acc_norm")  # that a task may have, shares of its rows
+
 # JSON has no spelling for these three: a loss that is not a number would make its line unreadable
 # to every strict parser. As strings they stay apart from null, which means "not known".
 NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-TEXT_KEYS = frozenset({"kind", "name", "prompt", "completion", "reason", "status"})
+TEXT_KEYS = frozenset({"kind", "name", "task", "prompt", "completion", "reason", "status"})
 
 
 def encode_record(record: Record) -> bytes:

@@ -27,6 +27,28 @@ class WorkerFailed(Exception):  # noqa: N818
     """A worker died of a fault; the message carries its rank and its own traceback."""
 
 
+class OutOfMemory(WorkerFailed):
+    """A worker ran out of memory: in bytes, what it held at most, wanted more, and could have got.
+
+    `held` is what of it were weights, gradients and so on; {} where nobody could say.
+    """
+
+    def __init__(
+        self,
+        text: str,
+        peak: int,
+        wanted: int = 0,
+        spare: int = 0,
+        held: Mapping[str, int] | None = None,
+    ) -> None:
+        super().__init__(text)
+        self.peak, self.wanted, self.spare, self.held = peak, wanted, spare, dict(held or {})
+
+    def facts(self) -> dict[str, Any]:
+        """Itself as JSON, to be raised anew elsewhere."""
+        return {"text": str(self), **vars(self)}
+
+
 def clear_reports(logs: Path) -> None:
     """Remove what an earlier start of the run has left."""
     for pattern in ("error-rank*.json", "waiting-rank*.json", "calls-rank*.bin", VERDICT):
@@ -58,6 +80,7 @@ def report_failure(
             "traceback": traceback_text,
             "in_collective": in_collective,
             "comparison": comparison,
+            "memory": error.facts() if isinstance(error, OutOfMemory) else None,
         },
     )
 
@@ -73,10 +96,11 @@ def has_own_failure(logs: Path) -> bool:
     return any(not report["in_collective"] for report in _reports(logs))
 
 
-def first_cause(logs: Path, exit_codes: Mapping[int, int]) -> Exception:
+def first_cause(logs: Path, exit_codes: Mapping[int, int], starved: int | None = None) -> Exception:
     """Why the run ended, as an exception whose message names the rank.
 
-    `exit_codes` are those of the ranks that ended first. In this order: an error that a rank
+    `exit_codes` are those of the ranks that ended first. `starved` is how much a rank held at most,
+    in bytes, where the kernel has killed for lack of memory. In this order: an error that a rank
     raised outside of collectives; a watchdog's finding on a rank stopped or a hang; collectives
     that did not fit together; a rank killed by a signal; what else a watchdog found; an error in
     a collective.
@@ -99,7 +123,10 @@ def first_cause(logs: Path, exit_codes: Mapping[int, int]) -> Exception:
         if code < 0 and -code != signal.SIGTERM and rank not in {r["rank"] for r in reports}
     ]
     if killed:
-        return WorkerFailed(_killed_text(killed[0], -exit_codes[killed[0]], verdict, logs))
+        number = -exit_codes[killed[0]]
+        was_starved = starved is not None and number == signal.SIGKILL
+        text = _killed_text(killed[0], number, verdict, logs, starved=was_starved)
+        return OutOfMemory(text, starved or 0) if was_starved else WorkerFailed(text)
     compared = [report for report in reports if report["comparison"]]
     if compared:
         return _as_error(compared[0])
@@ -114,11 +141,17 @@ def first_cause(logs: Path, exit_codes: Mapping[int, int]) -> Exception:
 def _as_error(report: Mapping[str, Any]) -> Exception:
     if report["mistakes"]:
         return UserError([Mistake(**mistake) for mistake in report["mistakes"]])
+    memory = report.get("memory")
+    if memory is not None:
+        said = f"rank {report['rank']} {memory['text']}"
+        return OutOfMemory(**{**memory, "text": said})
     comparison = f"{report['comparison']}\n" if report["comparison"] else ""
     return WorkerFailed(f"rank {report['rank']} failed: {comparison}\n{report['traceback']}")
 
 
-def _killed_text(rank: int, number: int, verdict: Mapping[str, Any] | None, logs: Path) -> str:
+def _killed_text(
+    rank: int, number: int, verdict: Mapping[str, Any] | None, logs: Path, *, starved: bool
+) -> str:
     try:
         name = signal.Signals(number).name
     except ValueError:
@@ -129,6 +162,8 @@ def _killed_text(rank: int, number: int, verdict: Mapping[str, Any] | None, logs
             ", most likely for lack of memory: try a smaller `parallel.micro_batch`, "
             "`training.recompute: full` or fewer workers"
         )
+    if starved:
+        why = " by the kernel, for lack of memory"
     seen = ""
     if verdict is not None and verdict["lost"] == rank and "it was last" in verdict["text"]:
         seen = "\nIt was last" + verdict["text"].split("it was last", 1)[1]

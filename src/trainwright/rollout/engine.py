@@ -14,13 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from trainwright.errors import Mistake, UserError
-from trainwright.models.decoder import OutputHead
+from trainwright.models.cache_rows import put_rows
 from trainwright.models.fallback import FallbackModel
+from trainwright.models.output_head import OutputHead
 from trainwright.rollout.sampling import SamplingParams, choose
 from trainwright.rollout.text import Detokenizer, StopScanner
 
 Prompt = str | Sequence[int]
 PADDING = -1
+_RESERVED = 256  # new tokens that a cache has room for from the start, at most
 
 
 class Model(Protocol):
@@ -76,9 +78,9 @@ def generate(
     model's context.
     """
     params = params or SamplingParams()
-    rows = [_Row(model, tokenizer, prompt, params, number) for number, prompt in enumerate(prompts)]
+    rows = [Row(model, tokenizer, prompt, params, number) for number, prompt in enumerate(prompts)]
     for batch in _batches(rows, batch_rows, mixed=model.pads_left):
-        generation = _Generation(model, batch, params, device, agree)
+        generation = Generation(model, batch, device, agree)
         while not generation.finished:
             generation.step()
     return [row.completion() for row in rows]
@@ -92,21 +94,25 @@ def stream(
     Joined, they are `generate`'s text; raises as it does.
     """
     params = params or SamplingParams()
-    row = _Row(model, tokenizer, prompt, params, 0)
-    generation = _Generation(model, [row], params)
+    row = Row(model, tokenizer, prompt, params, 0)
+    generation = Generation(model, [row])
     while not generation.finished:
         (piece,) = generation.step()
         if piece:
             yield piece
 
 
-class _Row:
-    """One prompt on its way: its tokens, its text, its randomness."""
+class Row:
+    """One prompt on its way: its tokens, its text, its randomness.
+
+    Rows of the same prompt and seed are told apart by their `number`. Raises UserError for an empty
+    prompt to a tokenizer without a BOS, and where the model's context has no room for an answer.
+    """
 
     def __init__(
         self, model: Model, tokenizer: Any, prompt: Prompt, params: SamplingParams, number: int
     ) -> None:
-        self.prompt = _encode(tokenizer, prompt)
+        self.prompt, self.params = encode(tokenizer, prompt), params
         self.room = params.max_new_tokens
         limit = model.max_positions
         if limit is not None:
@@ -145,31 +151,46 @@ class _Row:
         return Completion("".join(self.pieces), tuple(self.tokens), self.reason)
 
 
-class _Generation:
-    """A batch of rows going through the model, one token a step."""
+class Generation:
+    """A batch of rows going through the model, one token a step; others may join on their way."""
 
     def __init__(
         self,
         model: Model,
-        rows: Sequence[_Row],
-        params: SamplingParams,
+        rows: Sequence[Row],
         device: torch.device | None = None,
         agree: Callable[[list[int]], list[int]] | None = None,
     ) -> None:
-        self.model, self.rows, self.params = model, rows, params
+        self.model, self.rows = model, list(rows)
         self.device = device or next(model.parameters()).device
         self.agree = agree
-        self.generators = [row.generator for row in rows]
         self.sequences = [list(row.prompt) for row in rows]
-        longest = max(map(len, self.sequences))
-        # Rows with padding say at every step which tokens are theirs; others go the faster way.
-        self.pads = [longest - len(sequence) for sequence in self.sequences]
-        self.capacity = longest + max(row.room for row in rows)
         self.cache: Any = None
+        # Rows with padding say at every step which tokens are theirs; others go the faster way.
+        self.padded = any(self.pads)
 
     @property
     def finished(self) -> bool:
         return all(row.reason is not None for row in self.rows)
+
+    @property
+    def pads(self) -> list[int]:
+        """How many tokens of padding stand before each row's own."""
+        longest = max(map(len, self.sequences))
+        return [longest - len(sequence) for sequence in self.sequences]
+
+    def keep(self, chosen: Sequence[int], newcomers: Sequence[Generation] = ()) -> None:
+        """Go on with these rows alone, by their numbers, and with all rows of the newcomers.
+
+        All generations are of one model that `pads_left`, and have made a step at least.
+        """
+        parts = [(self, list(chosen)), *((other, range(len(other.rows))) for other in newcomers)]
+        rows = [part.rows[i] for part, numbers in parts for i in numbers]
+        sequences = [part.sequences[i] for part, numbers in parts for i in numbers]
+        held = [len(sequence) - 1 for sequence in sequences]  # the newest is not in the cache yet
+        cache = self._new_cache(sequences, rows)
+        put_rows(cache, [(part.cache, numbers) for part, numbers in parts], held)
+        self.rows, self.sequences, self.cache, self.padded = rows, sequences, cache, True
 
     @torch.no_grad()
     def step(self) -> list[str]:
@@ -181,7 +202,7 @@ class _Generation:
         with torch.compiler.set_stance("force_eager"):
             logits = self._logits()
         pieces = []
-        newest = choose(logits, self.params, self.generators)
+        newest = self._choose(logits)
         if self.agree is not None:
             newest = self.agree(newest)
         for row, sequence, token in zip(self.rows, self.sequences, newest, strict=True):
@@ -189,21 +210,33 @@ class _Generation:
             pieces.append(row.add(token) if row.reason is None else "")
         return pieces
 
+    def _choose(self, logits: Tensor) -> list[int]:
+        """The next token of each row; at once where all are sampled alike."""
+        first = self.rows[0].params
+        if all(row.params == first for row in self.rows):
+            return choose(logits, first, [row.generator for row in self.rows])
+        single = zip(logits.split(1), self.rows, strict=True)
+        return [choose(own, row.params, [row.generator])[0] for own, row in single]
+
+    def _new_cache(self, sequences: list[list[int]], rows: Sequence[Row]) -> Any:
+        most = min(_RESERVED, max(row.room - len(row.tokens) for row in rows))
+        return self.model.new_cache(max(map(len, sequences)) + most)
+
     def _logits(self) -> Tensor:
         """Logits [rows, vocabulary] after the sequences, all but the first time from the cache."""
-        new = 1
+        new, pads = 1, self.pads
         if self.cache is None or any(
             len(sequence) - 1 in self.model.refill_lengths for sequence in self.sequences
         ):
-            self.cache = self.model.new_cache(self.capacity)
-            new = self.pads[0] + len(self.sequences[0])
+            self.cache = self._new_cache(self.sequences, self.rows)
+            new, self.padded = pads[0] + len(self.sequences[0]), any(pads)
         parts = [sequence[-new:] for sequence in self.sequences]
         columns = [[0] * (new - len(part)) + part for part in parts]
         input_ids = torch.tensor(columns, device=self.device)
         if isinstance(self.model, FallbackModel):
             return self.model(input_ids, cache=self.cache)[:, -1]
         positions = segments = None
-        if any(self.pads):
+        if self.padded:
             ends = torch.tensor([len(sequence) for sequence in self.sequences], device=self.device)
             positions = ends[:, None] + torch.arange(-new, 0, device=self.device)
             segments = torch.where(positions < 0, PADDING, 0)
@@ -221,7 +254,7 @@ def _last_logits(hidden: Tensor, head: OutputHead) -> Tensor:
     return head.logits(hidden[:, -1])
 
 
-def _encode(tokenizer: Any, prompt: Prompt) -> list[int]:
+def encode(tokenizer: Any, prompt: Prompt) -> list[int]:
     """A prompt's tokens; an empty text is begun by the tokenizer's BOS."""
     tokens = list(tokenizer(prompt)["input_ids"] if isinstance(prompt, str) else prompt)
     if not tokens and tokenizer.bos_token_id is not None:
@@ -232,9 +265,9 @@ def _encode(tokenizer: Any, prompt: Prompt) -> list[int]:
     return tokens
 
 
-def _batches(rows: Sequence[_Row], size: int, *, mixed: bool) -> Iterator[list[_Row]]:
+def _batches(rows: Sequence[Row], size: int, *, mixed: bool) -> Iterator[list[Row]]:
     """The rows in batches of at most `size`, of like lengths, or of one length if not `mixed`."""
-    batch: list[_Row] = []
+    batch: list[Row] = []
     for row in sorted(rows, key=lambda row: len(row.prompt)):
         other = bool(batch) and not mixed and len(batch[0].prompt) != len(row.prompt)
         if len(batch) == size or other:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
 
+from trainwright.errors import Mistake, UserError
 from trainwright.models.adapter_files import fill_adapter, read_adapter_spec
 from trainwright.models.adapter_init import drawn_weights, initialise_adapter, saved_weights
 from trainwright.models.adapter_spec import AdapterSpec
@@ -16,6 +18,7 @@ from trainwright.models.decoder import Decoder
 from trainwright.models.quantised import quantise_model
 from trainwright.models.quantised_files import initialise_quantised, load_quantised
 from trainwright.models.quantised_spec import QuantisedSpec
+from trainwright.models.scoring import HEAD
 from trainwright.models.weights import initialise, load_weights
 from trainwright.parallel.spread import Model, SpreadModel
 from trainwright.recipe.schema import Adapter
@@ -48,9 +51,23 @@ def adapt(model: Model, section: Adapter | None, *, keep_originals: bool = False
     if section.quantise != "none":
         quantise_model(model, QuantisedSpec(section.quantise))
     spec = adapter_spec(section)
+    if isinstance(model, Decoder) and model.config.scores:
+        spec = _with_score(spec, section)
     add_adapter(model, spec, keep_originals=keep_originals, strict=section.path is None)
     if spec.dropout and isinstance(model, Decoder):
         model.drop_adapter_inputs()
+
+
+def _with_score(spec: AdapterSpec, section: Adapter) -> AdapterSpec:
+    """The spec with the score head trained whole beside the adapter, as PEFT has it."""
+    if spec.saved(HEAD):
+        return spec
+    if section.path is not None:
+        fix = "merge it into its model (`trainwright export --merge`), and begin with that"
+        raise UserError(
+            Mistake(f"the adapter in {section.path} has no score head", fix, key="adapter.path")
+        )
+    return replace(spec, modules_to_save=(*spec.modules_to_save, HEAD))
 
 
 def fill(model: Model, section: Adapter | None, directory: Path | None, seed: int) -> None:
@@ -60,7 +77,7 @@ def fill(model: Model, section: Adapter | None, directory: Path | None, seed: in
     """
     quantised = section is not None and section.quantise != "none"
     if directory is not None:
-        (load_quantised if quantised else load_weights)(model, directory)
+        (load_quantised if quantised else load_weights)(model, directory, seed)
     else:
         assert isinstance(model, Decoder)
         (initialise_quantised if quantised else initialise)(model, seed)

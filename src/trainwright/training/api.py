@@ -17,13 +17,15 @@ from trainwright.recipe.load import dump_recipe, load_recipe
 from trainwright.recipe.schema import Recipe
 from trainwright.report.html import write_report
 from trainwright.resilience.guard import watched
-from trainwright.resilience.reports import WorkerFailed, clear_reports
+from trainwright.resilience.reports import OutOfMemory, WorkerFailed, clear_reports
 from trainwright.rollout.engine import Completion
 from trainwright.rollout.engine import generate as generate_completions
 from trainwright.rollout.sampling import SamplingParams
 from trainwright.training.artifacts import complete_step, load_model, open_model, result_figures
-from trainwright.training.artifacts import export_run as export
+from trainwright.training.exporting import check_further, export_further
+from trainwright.training.exporting import export_run as export
 from trainwright.training.launch import RunInterrupted, is_launched, launch_workers
+from trainwright.training.memory_report import explained
 from trainwright.training.prepare import prepare_run
 from trainwright.training.run_directory import RunDirectory, default_run_directory, locked, open_run
 from trainwright.training.worker import run_worker
@@ -72,6 +74,7 @@ def train(
     with locked(run):
         _rewind(run, from_step)
         plan, _ = prepare_run(run, recipe, recipe_text, say)
+        check_further(run)
         launch_workers(run.path, plan, verbose=verbose)
         return finish_run(run)
 
@@ -102,11 +105,14 @@ def _train_launched(
                 _rewind(run, from_step)  # all together
                 if world.is_first:
                     prepare_run(run, recipe, recipe_text, say)
+                    check_further(run)
                 world.wait(PREPARATION)
                 finished = run_worker(run, world, verbose=verbose)
                 leave_world(world)
         except UserError:
             raise
+        except OutOfMemory as error:
+            raise explained(run, error) from error
         except Exception as error:  # told by `watched`, with its rank and traceback
             raise WorkerFailed(f"{type(error).__name__}: {error}") from error
         if not finished:
@@ -115,12 +121,15 @@ def _train_launched(
 
 
 def finish_run(run: RunDirectory) -> RunResult:
-    """Export the last step as the recipe says and write the report."""
+    """Export the last step as the recipe says, and upload it; write the report."""
     recipe = run.read_recipe()
     exported = export(run) if recipe.export.at_end else None
-    return RunResult(
+    result = RunResult(
         run.path, exported, write_report(run.path), result_figures(run, complete_step(run))
     )
+    if recipe.export.at_end:
+        export_further(run, exported)
+    return result
 
 
 def generate(

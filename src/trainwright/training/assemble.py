@@ -14,17 +14,19 @@ import torch
 
 from trainwright.checkpoint.state import State, load_training_state, training_tensors
 from trainwright.checkpoint.store import CheckpointStore
-from trainwright.data.prepare import open_data
+from trainwright.data.prepare import PreparedData, open_data
 from trainwright.models.decoder import Span
 from trainwright.models.fallback import load_fallback
 from trainwright.models.families import FAMILIES, decoder_config
 from trainwright.models.weights import new_model
 from trainwright.objectives.build import build_objective
+from trainwright.objectives.objective import Objective
 from trainwright.optim.optimizers import build_optimizers
 from trainwright.parallel.precision import COMPUTE_DTYPES
 from trainwright.parallel.spread import Model, SpreadModel, spread
 from trainwright.parallel.whole_matrices import WholePieces
 from trainwright.parallel.world import World
+from trainwright.planner.beside import plan_beside
 from trainwright.planner.plan import Plan
 from trainwright.planner.shapes import flops_per_token, parameter_count
 from trainwright.recipe.schema import Adapter, ModelSection, Recipe
@@ -42,9 +44,11 @@ from trainwright.training.loop import Hook, Trainer
 from trainwright.training.metrics import MetricsWriter
 from trainwright.training.prepare import pretrained_directory, total_steps
 from trainwright.training.progress import Progress
-from trainwright.training.reference import Reference
+from trainwright.training.reference import CachedReference, Reference, ReferenceModel
+from trainwright.training.reference_cache import take_reference
 from trainwright.training.run_directory import RunDirectory
 from trainwright.training.step import TrainStep
+from trainwright.training.teacher import Teacher
 
 
 @dataclass
@@ -80,20 +84,48 @@ def build_reference(
 ) -> Reference:
     """What `policy` is compared with: itself without its adapter, or a second model, not trained.
 
-    That is the one which the recipe names, or the policy's own beginning.
+    That is the reference or teacher which the recipe names, or the policy's own beginning.
     """
-    if recipe.adapter is not None and recipe.objective.reference is None:
-        return Reference(policy, partial(without_adapters, policy.parts))
+    named = recipe.objective.teacher or recipe.objective.reference
+    if recipe.adapter is not None and named is None:
+        return ReferenceModel(policy, partial(without_adapters, policy.parts))
     hf_config = run.read_model_config()
     directory = pretrained_directory(recipe.model)
-    if recipe.objective.reference is not None:
-        section = ModelSection(path=recipe.objective.reference)
-        directory = pretrained_directory(section)
+    if named is not None:
+        directory = pretrained_directory(ModelSection(path=named))
         assert directory is not None
         hf_config = json.loads((directory / "config.json").read_text())
-    spread_model = _built(hf_config, directory, recipe, plan, world, trained=False)
+    config = decoder_config(hf_config) if hf_config["model_type"] in FAMILIES else None
+    own_plan = plan_beside(plan, config)
+    spread_model = _built(hf_config, directory, recipe, own_plan, world, trained=False)
     spread_model.train(False)
-    return Reference(spread_model)
+    return Teacher(spread_model) if recipe.objective.teacher else ReferenceModel(spread_model)
+
+
+def what_is_optimised(
+    run: RunDirectory,
+    recipe: Recipe,
+    plan: Plan,
+    world: World,
+    policy: SpreadModel,
+    data: PreparedData | None = None,
+) -> tuple[Objective, Reference | None]:
+    """The recipe's objective, and what it compares `policy` with, if anything.
+
+    Where the recipe wants a reference asked once, the batches of `data` are given all it says.
+    """
+    objective = build_objective(recipe.objective, policy.mesh.group("cp"))
+    if not objective.needs_reference:
+        return objective, None
+
+    def build() -> Reference:
+        return build_reference(run, recipe, plan, world, policy)
+
+    if data is None or not recipe.objective.cache_reference:
+        return objective, build()
+    say = Progress().say if world.is_first else lambda message: None
+    take_reference(data, recipe, run.read_model_config(), plan, world, build, say)
+    return objective, CachedReference()
 
 
 def _built(
@@ -137,10 +169,7 @@ def assemble(run: RunDirectory, world: World) -> Assembled:
     steps = total_steps(recipe, data.train)
     spread_model = build_model(run, recipe, plan, world)
     optimizers = build_all_optimizers(spread_model, recipe.optimizer, recipe.adapter)
-    objective = build_objective(recipe.objective, spread_model.mesh.group("cp"))
-    reference = None
-    if objective.needs_reference:
-        reference = build_reference(run, recipe, plan, world, spread_model)
+    objective, reference = what_is_optimised(run, recipe, plan, world, spread_model, data)
     step = TrainStep(
         spread_model,
         optimizers,
@@ -185,6 +214,7 @@ def assemble(run: RunDirectory, world: World) -> Assembled:
         )
 
     evaluation = EvaluationHook(
+        run,
         recipe,
         recipe.evaluation.every or 2 * save_every,  # so that every other checkpoint has a score
         steps,

@@ -39,7 +39,13 @@ CORE = {
     "jinja2": "jinja2",
     "psutil": "psutil",
 }
-EXTRAS = {"track": ("tensorboard", "wandb", "trackio"), "quant": ("torchao", "bitsandbytes")}
+EXTRAS = {
+    "track": ("tensorboard", "wandb", "trackio"),
+    "quant": ("torchao", "bitsandbytes"),
+    "gguf": ("gguf",),
+    "serve": ("starlette", "uvicorn"),
+    "harness": ("lm-eval",),
+}
 LEAST_PYTHON = (3, 11)
 LEAST_TORCH = (2, 11)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 
@@ -25,18 +26,31 @@ from trainwright.training.reference import Reference
 class HeldOutLoss:
     """Mean loss over a held-out set; bits per byte where the whole of a plain text was scored.
 
-    `figures` are the objective's own, such as the share of pairs that are ranked right.
+    `figures` are the objective's own, such as the share of pairs that are ranked right. `sources`
+    has the same of each source's part, where the set is of several.
     """
 
     loss: float
     targets: int
     bits_per_byte: float | None
     figures: Mapping[str, float] = field(default_factory=dict)
+    sources: Mapping[str, HeldOutLoss] = field(default_factory=dict)
 
     @property
     def perplexity(self) -> float:
         """e to the loss."""
         return math.exp(min(self.loss, 700.0))
+
+    def record(self) -> dict[str, Any]:
+        """What is written of it, without the sources."""
+        own = {"loss": self.loss, "targets": self.targets, "bits_per_byte": self.bits_per_byte}
+        return {**own, **self.figures}
+
+    def named(self, name: str) -> Iterator[tuple[str, HeldOutLoss]]:
+        """The whole as `name`, then each source's part as `name/source`."""
+        yield name, self
+        for source, part in self.sources.items():
+            yield f"{name}/{source}", part
 
 
 def held_out_loss(
@@ -48,47 +62,63 @@ def held_out_loss(
     most_rows: int | None = None,
     reference: Reference | None = None,
 ) -> HeldOutLoss:
-    """Score `batches`, or its first `most_rows` rows, each worker its share. Collective.
+    """Score `batches`, or `most_rows` of its rows, each worker its share. Collective.
 
-    Every worker makes the same number of forward passes, as sharded weights demand; where the
-    rows do not divide, some passes repeat a row without counting it.
+    Of several sources each gives rows of its own, as many as is its share, so that the parts' sums
+    are exact, and so is the whole's. Every worker makes the same number of forward passes, as
+    sharded weights demand; where the rows do not divide, some passes repeat a row without counting
+    it.
     """
     mesh = spread.mesh
-    rows = batches.rows if most_rows is None else min(batches.rows, most_rows)
+    parts = batches.by_source() or {"": batches}
+    rows = [_rows_of(part, batches.rows, most_rows) for part in parts.values()]
     # Stages of a pipeline want several micro-batches on their way at once.
     at_once = max(1, spread.plan.stages)
     per_pass = micro_batch * mesh.size("data")
-    starts = range(0, rows, per_pass)
-    totals = _Totals(objective)
+    totals_of = [_Totals(objective) for _ in parts]
+    passes = [
+        (part, totals, start, most)
+        for part, totals, most in zip(parts.values(), totals_of, rows, strict=True)
+        for start in range(0, most, per_pass)
+    ]
     training = spread.training
     spread.train(False)
     try:
-        for group in range(0, len(starts), at_once):
+        for group in range(0, len(passes), at_once):
             counted: list[Batch | None] = []
             tensors = []
-            for start in starts[group : group + at_once]:
+            together = passes[group : group + at_once]
+            for part, _, start, most in together:
                 first = start + mesh.index("data") * micro_batch
-                own = range(first, min(first + micro_batch, rows))
-                batch = batches.read(own if len(own) else range(1))
+                own = range(first, min(first + micro_batch, most))
+                batch = part.read(own if len(own) else range(1))
                 counted.append(batch if len(own) else None)
                 tensors.append(to_tensors(batch, 0, micro_batch, spread, None))
             if reference is not None:
                 reference.attach(objective, spread, tensors)
             scores = score_micro_batches(spread, objective, tensors)
-            for of, scored in zip(counted, scores, strict=True):
+            for (_, totals, *_), of, scored in zip(together, counted, scores, strict=True):
                 if of is not None:
                     totals.add(of, scored, spread)
     finally:
         spread.train(training)
-    sums, weights = totals.shared(mesh.world)
-    first = max(1, weights[objective.terms[0]])
-    whole = rows == batches.rows and batches.target_bytes > 0
-    return HeldOutLoss(
-        loss=sum(sums[name] / max(1, weight) for name, weight in weights.items()),
-        targets=weights["targets"],
-        bits_per_byte=sums["targets"] / math.log(2) / batches.target_bytes if whole else None,
-        figures={name: sums[name] / first for name in objective.figures},
-    )
+    for totals in totals_of:
+        totals.share(mesh.world)
+    results = [
+        totals.result(part, whole=most == part.rows)
+        for part, totals, most in zip(parts.values(), totals_of, rows, strict=True)
+    ]
+    if len(parts) == 1:
+        return results[0]
+    total = sum(totals_of, _Totals(objective)).result(batches, whole=sum(rows) == batches.rows)
+    return replace(total, sources=dict(zip(parts, results, strict=True)))
+
+
+def _rows_of(part: Batches, all_rows: int, most_rows: int | None) -> int:
+    """Rows of a part to score, where `most_rows` of `all_rows` are wanted: its share."""
+    if most_rows is None or most_rows >= all_rows:
+        return part.rows
+    return max(1, most_rows * part.rows // all_rows)
 
 
 class _Totals:
@@ -107,11 +137,32 @@ class _Totals:
             for name, each in (scored[0] | scored[1]).items():
                 self.sums[name] = self.sums.get(name, 0.0) + float(each)
 
-    def shared(self, world: World) -> tuple[dict[str, float], dict[str, int]]:
-        """Sums and weights over all workers. Collective."""
-        weights = [self.weights.get(name, 0) for name in self.objective.terms]
+    def share(self, world: World) -> None:
+        """Take in what the other workers have. Collective."""
         names = [*self.objective.terms, *self.objective.figures]
+        weights = [self.weights.get(name, 0) for name in self.objective.terms]
         sums = [self.sums.get(name, 0.0) for name in names]
         total = world.sum(torch.tensor([*weights, *sums], dtype=torch.float64)).tolist()
-        counted = dict(zip(self.objective.terms, map(int, total), strict=False))
-        return dict(zip(names, total[len(weights) :], strict=True)), counted
+        self.weights = dict(zip(self.objective.terms, map(int, total), strict=False))
+        self.sums = dict(zip(names, total[len(weights) :], strict=True))
+
+    def __add__(self, other: _Totals) -> _Totals:
+        both = _Totals(self.objective)
+        for name in {**self.weights, **other.weights}:
+            both.weights[name] = self.weights.get(name, 0) + other.weights.get(name, 0)
+        for name in {**self.sums, **other.sums}:
+            both.sums[name] = self.sums.get(name, 0.0) + other.sums.get(name, 0.0)
+        return both
+
+    def result(self, batches: Batches, *, whole: bool) -> HeldOutLoss:
+        """The means; `whole` says that all of `batches` has been scored."""
+        first = max(1, self.weights[self.objective.terms[0]])
+        bits = None
+        if whole and batches.target_bytes > 0:
+            bits = self.sums["targets"] / math.log(2) / batches.target_bytes
+        return HeldOutLoss(
+            loss=sum(self.sums[name] / max(1, weight) for name, weight in self.weights.items()),
+            targets=self.weights["targets"],
+            bits_per_byte=bits,
+            figures={name: self.sums[name] / first for name in self.objective.figures},
+        )

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict
 
 import torch
 
@@ -18,21 +15,16 @@ from trainwright.data.batches import Batches
 from trainwright.objectives.objective import Objective
 from trainwright.parallel.spread import SpreadModel, force_eager
 from trainwright.recipe.schema import Recipe
+from trainwright.resilience.out_of_memory import peak_bytes
 from trainwright.rollout.engine import generate
 from trainwright.rollout.sampling import SamplingParams
 from trainwright.training.evaluate import HeldOutLoss, held_out_loss
 from trainwright.training.metrics import MetricsWriter
 from trainwright.training.progress import Progress
 from trainwright.training.reference import Reference
+from trainwright.training.run_directory import RunDirectory
 from trainwright.training.step import StepStats
-
-
-def peak_memory(device: torch.device) -> int:
-    """Most bytes this worker has held so far: of device memory, or of resident host memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+from trainwright.training.tasks import Examiner, save_details
 
 
 class MetricsHook:
@@ -66,7 +58,7 @@ class MetricsHook:
             "seconds": seconds,
             "tokens_per_second": rate,
             "mfu": rate / self.mfu_tokens_per_second if self.mfu_tokens_per_second else None,
-            "memory_bytes": peak_memory(self.device),
+            "memory_bytes": peak_bytes(self.device.type),
             "batch_hash": stats.batch_hash,
             "time": time.time(),
         }
@@ -93,10 +85,13 @@ class ForgetTrafficHook:
 
 
 class EvaluationHook:
-    """Scores held-out data and writes samples every so often, and after the last step."""
+    """Scores held-out data, asks tasks' questions and writes samples every so often, and after the
+    last step.
+    """
 
     def __init__(
         self,
+        run: RunDirectory,
         recipe: Recipe,
         every: int,
         total_steps: int,
@@ -108,7 +103,8 @@ class EvaluationHook:
         writer: MetricsWriter | None,
         progress: Progress | None,
     ) -> None:
-        self.recipe, self.every, self.total_steps = recipe, every, total_steps
+        self.run, self.recipe = run, recipe
+        self.every, self.total_steps = every, total_steps
         self.validation, self.spread, self.objective = validation, spread, objective
         self.reference = reference
         self.plan, self.world = spread.plan, spread.mesh.world
@@ -124,14 +120,15 @@ class EvaluationHook:
         rows = self.recipe.evaluation.rows
         for name, batches in self.validation.items():
             result = self._score(batches, None if finished else rows)
-            record = {"kind": "evaluation", "step": done, "name": name, **asdict(result)}
-            record.update(record.pop("figures"))
             if self.writer is not None and self.progress is not None:
-                self.writer.write(record)
-                self.progress.evaluation(record)
+                for of, part in result.named(name):
+                    record = {"kind": "evaluation", "step": done, "name": of, **part.record()}
+                    self.writer.write(record)
+                    self.progress.evaluation(record)
             if finished and rows is not None and self.recipe.checkpoint.keep_best:
                 result = self._score(batches, rows)  # what earlier checkpoints were scored on
             results.append(result)
+        self._ask(done, finished)
         with force_eager():
             self._sample(done)
         targets = sum(result.targets for result in results)
@@ -152,6 +149,21 @@ class EvaluationHook:
                 most_rows=most_rows,
                 reference=self.reference,
             )
+
+    def _ask(self, done: int, finished: bool) -> None:
+        tasks = [t for t in self.recipe.evaluation.tasks if finished or t.while_training]
+        if not tasks:
+            return
+        examiner = Examiner(
+            self.spread, self.tokenizer(), self.run.tokenizer, micro_batch=self.plan.micro_batch
+        )
+        for task in tasks:
+            result = examiner.run(task)
+            if self.writer is not None and self.progress is not None:
+                save_details(result, self.run.answers(result.name, done))
+                record = {"kind": "task", "step": done, **result.record()}
+                self.writer.write(record)
+                self.progress.task(record)
 
     def _sample(self, done: int) -> None:
         samples = self.recipe.evaluation.samples

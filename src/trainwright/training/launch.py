@@ -24,6 +24,9 @@ from trainwright.resilience.reports import (
     first_cause,
     has_own_failure,
 )
+from trainwright.training.machine import oom_kills
+from trainwright.training.memory_report import explained
+from trainwright.training.run_directory import RunDirectory
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -70,6 +73,8 @@ def launch_workers(run_directory: Path, plan: Plan, *, verbose: bool = False) ->
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    from trainwright.resilience.out_of_memory import childrens_peak
+
     # The agent's own log repeats a worker's failure at length; `first_cause` says it once.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     logs = run_directory / "logs"
@@ -88,6 +93,7 @@ def launch_workers(run_directory: Path, plan: Plan, *, verbose: bool = False) ->
         local_addr="127.0.0.1",
         **_patience(LaunchConfig),
     )
+    run, kills = RunDirectory(run_directory), oom_kills()
     with _environment(worker_environment(plan)), _own_signals():
         try:
             elastic_launch(config, sys.executable)(
@@ -97,10 +103,11 @@ def launch_workers(run_directory: Path, plan: Plan, *, verbose: bool = False) ->
                 *(["--verbose"] if verbose else []),
             )
         except ChildFailedError as error:
-            raise first_cause(logs, _exit_codes(error)) from error
+            starved = childrens_peak() if oom_kills() != kills else None
+            raise explained(run, first_cause(logs, _exit_codes(error), starved)) from error
         except SignalException as error:
             if has_own_failure(logs):
-                raise first_cause(logs, {}) from error
+                raise explained(run, first_cause(logs, {})) from error
             raise RunInterrupted((logs / INTERRUPTED_MARK).exists()) from error
     if (logs / INTERRUPTED_MARK).exists():
         raise RunInterrupted(saved=True)

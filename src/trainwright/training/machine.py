@@ -59,6 +59,7 @@ def detect_machine() -> Machine:
         memory_bytes=memory,
         can_compile=compile_obstacle(kind) is None,
         launched=int(os.environ.get("WORLD_SIZE", "0")) if "RANK" in os.environ else 0,
+        free_bytes=0 if devices else free_memory(),
         has_float8=devices > 0
         and all(torch.cuda.get_device_capability(index) >= (8, 9) for index in range(devices)),
     )
@@ -97,6 +98,36 @@ def usable_memory(root: Path = Path("/")) -> int:
             if word.isdigit():
                 limits.append(int(word))
     return min(limits)
+
+
+def free_memory(root: Path = Path("/")) -> int:
+    """Bytes of memory that are free for this process now, caches that can be dropped among them."""
+    rooms = [psutil.virtual_memory().available]
+    for folder in control_groups("memory", root):
+        limit, used = _read(folder / "memory.max"), _read(folder / "memory.current")
+        if not limit:  # version 1
+            limit = _read(folder / "memory.limit_in_bytes")
+            used = _read(folder / "memory.usage_in_bytes")
+        if limit.isdigit() and used.isdigit():
+            words = _read(folder / "memory.stat").split()
+            caches = dict(zip(words[::2], words[1::2], strict=False))
+            rooms.append(int(limit) - int(used) + int(caches.get("inactive_file", 0)))
+    return max(0, min(rooms))
+
+
+def oom_kills(root: Path = Path("/")) -> int | None:
+    """How often the kernel has killed for lack of memory, in this process's control group.
+
+    In the whole machine where the group does not say; None where nobody does.
+    """
+    files = [folder / "memory.events" for folder in control_groups("memory", root)]
+    files += [folder / "memory.oom_control" for folder in control_groups("memory", root)]
+    for file in (*files, root / "proc/vmstat"):
+        for line in _read(file).splitlines():
+            name, _, number = line.partition(" ")
+            if name == "oom_kill" and number.isdigit():
+                return int(number)
+    return None
 
 
 def control_groups(controller: str, root: Path = Path("/")) -> Iterator[Path]:

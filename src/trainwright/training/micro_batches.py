@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -31,7 +32,8 @@ def to_tensors(
     Where rows are cut over workers (context parallelism), input_ids, labels and token_keys are
     its columns; position_ids and segment_ids stay whole, for attention needs the others'. `keys`
     are (seed, step, first row of the batch in the global one) where there is dropout. Of examples
-    there are also values, own_segments (as columns) and the number of segments, a scalar.
+    there are also values, own_segments and ends (as columns; where sequences end) and the number
+    of segments, a scalar.
     """
     device = spread.mesh.world.device
 
@@ -49,9 +51,13 @@ def to_tensors(
     if batch.values is not None and batch.segment_ids is not None:  # examples
         tensors["values"] = move(batch.values)
         tensors["own_segments"] = tensors["segment_ids"]
+        following = np.pad(batch.segment_ids[:, 1:], ((0, 0), (0, 1)), constant_values=-1)
+        tensors["ends"] = move((batch.segment_ids >= 0) & (batch.segment_ids != following))
         # An even number, for examples of two sequences; on the host, lest a GPU be waited for.
         most = int(batch.segment_ids[start:stop].max()) + 1
         tensors["segments"] = torch.tensor(most + most % 2)
+        if batch.reference is not None:
+            tensors["reference"] = move(batch.reference[:, : most + most % 2])
     if keys is not None:
         seed, step, first = keys
         numbers = torch.arange(first + start, first + start + rows, device=device)
@@ -60,7 +66,7 @@ def to_tensors(
     context = spread.context
     if context is not None:
         columns = context.slots(sequence, device)
-        for name in ("input_ids", "labels", "token_keys", "own_segments"):
+        for name in ("input_ids", "labels", "token_keys", "own_segments", "ends"):
             tensor = tensors.get(name)
             tensors[name] = None if tensor is None else tensor[:, columns]
     return tensors

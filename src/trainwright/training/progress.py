@@ -18,6 +18,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from trainwright.report.records import SCORES
 from trainwright.report.tables import bytes_text, duration_text, percent_text, significant
 
 Record = dict[str, Any]
@@ -145,6 +146,20 @@ class Progress:
         if record.get("bits_per_byte") is not None:
             text.append("  bits per byte ")
             text.append(significant(record["bits_per_byte"], 4), "bold")
+        if record.get("rewards/accuracies") is not None:
+            text.append("  preferred ")
+            text.append(percent_text(record["rewards/accuracies"]), "bold")
+            text.append(f"  margin {significant(record['rewards/margins'])}")
+        self._print(text)
+
+    def task(self, record: Record) -> None:
+        """Print what came of a task."""
+        text = Text.assemble((f"step {record['step']:,}", "dim"), f"  {record['name']}")
+        for name, error in [(key, record[f"{key}_stderr"]) for key in SCORES if key in record]:
+            text.append(f"  {name} ")
+            text.append(percent_text(record[name]), "bold")
+            text.append("" if error is None else f" ± {percent_text(error)}")
+        text.append(f"  of {record['rows']:,}")
         self._print(text)
 
     def sample(self, record: Record) -> None:

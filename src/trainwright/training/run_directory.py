@@ -5,6 +5,7 @@ plan.json         how it is spread   environment.json  machine and versions
 model/            config.json        tokenizer/        as exported
 metrics.jsonl     one line a record  logs/             output by rank
 checkpoints/      step-00000100/     export/           Hugging Face directory
+tasks/            answers by step   gguf/             files for llama.cpp
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ FREE_TO_CHANGE = (
     "training.activation_offload",
     "training.compile",
     "data.cache",
+    "objective.cache_reference",
 )
 
 LOCK = ".lock"
@@ -101,6 +103,10 @@ class RunDirectory:
         """Output and errors by rank."""
         return self.path / "logs"
 
+    def answers(self, task: str, step: int) -> Path:
+        """What came of each row of a task at a step."""
+        return self.path / "tasks" / f"{task}-step-{step:08d}.jsonl"
+
     def read_recipe(self) -> Recipe:
         """The resolved recipe."""
         return load_recipe(self.resolved)
@@ -122,6 +128,11 @@ class RunDirectory:
     def has_trained(self) -> bool:
         """Whether steps were taken here that another recipe's run must not be mixed with."""
         return self.exists and ((self.path / METRICS_FILE).exists() or self.checkpoints.exists())
+
+
+def may_change(key: str) -> bool:
+    """Whether a run goes on with another value of this key."""
+    return any(key == free or key.startswith(free + ".") for free in FREE_TO_CHANGE)
 
 
 def default_run_directory(recipe: Recipe) -> Path:
@@ -154,11 +165,7 @@ def _holds_files(folder: Path) -> bool:
 
 
 def _refuse_another_recipe(run: RunDirectory, recipe: Recipe) -> None:
-    keys = [
-        key
-        for key in different_keys(run.read_recipe(), recipe)
-        if not any(key == free or key.startswith(free + ".") for free in FREE_TO_CHANGE)
-    ]
+    keys = [key for key in different_keys(run.read_recipe(), recipe) if not may_change(key)]
     if keys:
         shown = ", ".join(keys[:6]) + (f" and {len(keys) - 6} more" if len(keys) > 6 else "")
         raise UserError(

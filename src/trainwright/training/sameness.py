@@ -37,8 +37,9 @@ from trainwright.planner.plan import Plan
 from trainwright.recipe.schema import Recipe
 from trainwright.training.adapting import adapt, fill, without_adapters
 from trainwright.training.assemble import build_all_optimizers
-from trainwright.training.reference import Reference
+from trainwright.training.reference import Reference, ReferenceModel
 from trainwright.training.step import StepStats, TrainStep
+from trainwright.training.teacher import Teacher
 
 STEPS, ROWS = 5, 16
 LOSS_LIMIT, GRADIENT_LIMIT = 1e-5, 1e-4  # relative; fp32 sums in another order stay below
@@ -156,11 +157,13 @@ class Trial:
         self.model = spread(build, plan, world, write)
         self.optimizers = build_all_optimizers(self.model, recipe.optimizer)
         objective = build_objective(recipe.objective, self.model.mesh.group("cp"))
-        reference = None
-        if objective.needs_reference and recipe.adapter is not None:
-            reference = Reference(self.model, partial(without_adapters, self.model.parts))
+        reference: Reference | None = None
+        if recipe.objective.kind == "distill":
+            reference = Teacher(spread(build_still, plan, world, fill_otherwise))
+        elif objective.needs_reference and recipe.adapter is not None:
+            reference = ReferenceModel(self.model, partial(without_adapters, self.model.parts))
         elif objective.needs_reference:
-            reference = Reference(spread(build_still, plan, world, fill_otherwise))
+            reference = ReferenceModel(spread(build_still, plan, world, fill_otherwise))
         self.step = TrainStep(
             self.model,
             self.optimizers,
@@ -238,6 +241,7 @@ def rows_of(batch: Batch, rows: slice) -> Batch:
         None if segments is None else segments[rows],
         batch.documents[rows],
         None if batch.values is None else batch.values[rows],
+        None if batch.reference is None else batch.reference[rows],
     )
 
 

@@ -98,6 +98,9 @@ def refuse(recipe: Recipe, config: DecoderConfig | None) -> None:
     elif config.experts is not None:
         what = "which rows go to which expert depends on values, and a simulated rank has none"
         mistakes.append(Mistake(what, "verify this recipe without --simulate", key="model"))
+    if recipe.objective.kind not in ("next_token", "sft"):
+        what = f"{recipe.objective.kind} compares answers, and a simulated rank has plain text only"
+        mistakes.append(Mistake(what, "simulate `objective: sft`", key="objective"))
     if recipe.parallel.cp > 1 and recipe.parallel.cp_method == "ring":
         what = "ring attention decides by values what it skips, and a simulated rank has none"
         fix = "write `cp_method: all_gather` or `ulysses`"

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from trainwright.errors import Mistake, UserError
 from trainwright.files import write_json
 from trainwright.recipe import schema
-from trainwright.report.records import Record
+from trainwright.report.records import SCORES, Record
 
 MEMORY_FILE = "trackers.json"
 
@@ -37,18 +37,22 @@ TRACKED = {
             "memory_bytes",
         ),
     ),
-    "evaluation": ("evaluation", ("loss", "bits_per_byte")),
+    "evaluation": (
+        "evaluation",
+        ("loss", "bits_per_byte", "rewards/accuracies", "rewards/margins"),
+    ),
+    "task": ("task", SCORES),
     "checkpoint": ("checkpoint", ("seconds_stalled", "bytes")),
 }
 
 
 def scalars(record: Record) -> dict[str, float]:
     """The numbers of a record under the names that trackers show: `train/loss`,
-    `evaluation/NAME/loss`, `checkpoint/bytes`. What is not known is left out."""
+    `evaluation/NAME/loss`, `task/NAME/acc`, `checkpoint/bytes`. What is not known is left out."""
     if record["kind"] not in TRACKED:
         return {}
     group, keys = TRACKED[record["kind"]]
-    if record["kind"] == "evaluation" and record.get("name"):
+    if record["kind"] in ("evaluation", "task") and record.get("name"):
         group = f"{group}/{record['name']}"
     return {f"{group}/{key}": float(record[key]) for key in keys if record.get(key) is not None}
 

@@ -9,7 +9,8 @@ import os
 import signal
 import sys
 import traceback
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from trainwright.parallel.world import World
     from trainwright.training.loop import Trainer
     from trainwright.training.run_directory import RunDirectory
+    from trainwright.training.step import TrainStep
 
 
 def main() -> None:
@@ -59,7 +61,9 @@ def run_worker(run: RunDirectory, world: World, *, verbose: bool = False) -> boo
     from trainwright.training.assemble import assemble
 
     recorder = Recorder(run.logs, world.rank) if world.size > 1 else None
-    assembled = assemble(run, world)
+    device = world.device.type
+    with told_of_memory(device):
+        assembled = assemble(run, world)
     if assembled.progress is not None:
         assembled.progress.standing.verbose = verbose
     meter = measure_traffic(assembled.trainer) if world.size > 1 and world.is_first else None
@@ -75,7 +79,8 @@ def run_worker(run: RunDirectory, world: World, *, verbose: bool = False) -> boo
         if signal.getsignal(number) != signal.SIG_IGN
     }
     try:
-        done = assembled.trainer.run()
+        with told_of_memory(device, assembled.trainer.step):
+            done = assembled.trainer.run()
     except UserError:
         with suppress(UserError):
             assembled.store.wait()  # a checkpoint under way is a good one
@@ -89,6 +94,20 @@ def run_worker(run: RunDirectory, world: World, *, verbose: bool = False) -> boo
     if recorder is not None:
         recorder.close()
     return done == assembled.trainer.total_steps
+
+
+@contextmanager
+def told_of_memory(device: str, step: TrainStep | None = None) -> Iterator[None]:
+    """Where memory runs out, say how much there was of it, and what `step` held."""
+    from trainwright.resilience.out_of_memory import is_out_of_memory
+    from trainwright.training.memory_report import measured
+
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise measured(error, device, step) from error
 
 
 def measure_traffic(trainer: Trainer) -> Meter:

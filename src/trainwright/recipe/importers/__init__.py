@@ -11,7 +11,6 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from trainwright.errors import UserError
 from trainwright.recipe.importers import axolotl, llama_factory, torchtune, trl
 from trainwright.recipe.importers.job import Job
 from trainwright.recipe.importers.notes import Imported, Note, Tool
@@ -22,7 +21,6 @@ from trainwright.recipe.importers.reading import (
     recognise,
 )
 from trainwright.recipe.importers.written import to_yaml
-from trainwright.recipe.objective import KINDS
 from trainwright.recipe.yaml_text import Document
 
 __all__ = ["Imported", "Note", "Tool", "import_config", "import_document", "to_yaml"]
@@ -61,11 +59,4 @@ def import_document(document: Document, name: str, tool: Tool | None = None) -> 
         document.value = torchtune.resolve(document.value)
     job = Job(found, name, document)
     _TRANSLATORS[found](job)
-    imported = job.finish()
-    kind = imported.recipe.get("objective", {}).get("kind", "next_token")
-    if kind not in KINDS:
-        raise UserError(
-            f"{name} is about {kind}, and recipes have no such objective",
-            fix=f"there are {', '.join(KINDS)}",
-        )
-    return imported
+    return job.finish()

@@ -55,6 +55,9 @@ def _objective(job: Job) -> None:
         raise job.refusal("process_reward_model", "there are no stepwise rewards here", fix)
     if job.get("reward_model"):
         job.translated("reward_model", "objective.kind", "reward")
+        if job.has("center_rewards_coefficient"):
+            center = job.number("center_rewards_coefficient")
+            job.translated("center_rewards_coefficient", "objective.center", center)
     elif rl in ("dpo", "orpo", "kto", "simpo"):
         job.translated("rl", "objective.kind", rl)
     elif rl == "ipo":

@@ -103,7 +103,7 @@ TABLE: Table = {
     ),
     **each(
         "adam_epsilon2 adam_beta3 lr_div_factor torchdistx_path",
-        unsupported("optimizers are adamw, muon and adamw-8bit"),
+        unsupported("optimizers are muon and adamw, its 8-bit and paged kinds"),
     ),
     **each(
         "max_prompt_len",
@@ -243,7 +243,8 @@ TABLE: Table = {
     "trackio_project_name": project("trackio"),
     **each("include_tokens_per_second include_tkps", ignored("always reported")),
     **each("profiler_steps debug", ignored("of the other tool's own workings")),
-    **each("hub_model_id hub_strategy hub_revision", unsupported(HUB)),
+    "hub_model_id": when_on(same("export.push")),
+    **each("hub_strategy hub_revision", unsupported(HUB)),
     **each(
         "eval_table_size eval_max_new_tokens do_causal_lm_eval eval_causal_lm_metrics "
         "do_bench_eval bench_dataset bench_split generate_samples num_generation_samples",

@@ -63,6 +63,24 @@ def _learning(job: Job, key: str, value: Any) -> None:
         job.ignored(key, "a recipe trains")
 
 
+def _push(job: Job, key: str, value: Any) -> None:
+    """`push_to_hub`: `hub_model_id` says where to."""
+    if is_off(value):
+        job.ignored(key, "switched off")
+    elif job.has("hub_model_id"):
+        job.ignored(key, "`hub_model_id` says where to")
+    else:
+        job.unsupported(key, "the repository's owner is not known here: write `export.push`")
+
+
+def _push_to(job: Job, key: str, value: Any) -> None:
+    """`hub_model_id`, which counts with `push_to_hub` only."""
+    if job.has("push_to_hub") and not is_off(job.get("push_to_hub")):
+        job.translated(key, "export.push", value)
+    else:
+        job.ignored(key, "without `push_to_hub` nothing is sent")
+
+
 def _sampling(job: Job, key: str, value: Any) -> None:
     """The order of rows."""
     if value == "sequential":
@@ -174,11 +192,10 @@ TRAINING_ARGUMENTS: Table = {
         "do_predict predict_with_generate",
         unsupported("`evaluation.samples.prompts` shows completions while training"),
     ),
-    **each(
-        "push_to_hub hub_model_id hub_strategy hub_token hub_private_repo hub_revision "
-        "hub_always_push",
-        unsupported(HUB),
-    ),
+    "push_to_hub": _push,
+    "hub_model_id": _push_to,
+    "hub_private_repo": same("export.private", truth),
+    **each("hub_strategy hub_token hub_revision hub_always_push", unsupported(HUB)),
     **each("label_smoothing_factor", unsupported("targets are not smoothed")),
     "trust_remote_code": same("model.trust_remote_code", truth),
     "model_revision": ignored("the newest version on the hub is taken"),

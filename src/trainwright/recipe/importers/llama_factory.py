@@ -24,7 +24,6 @@ from trainwright.recipe.importers.job import (
 )
 from trainwright.recipe.importers.llama_factory_data import limit, shares, sources
 from trainwright.recipe.importers.rules import (
-    HUB,
     IMAGES,
     NO_EARLY_STOP,
     OWN_CACHE,
@@ -307,7 +306,7 @@ _TABLE: Table = {
         "apollo_scale_front use_badam badam_mode badam_start_block badam_switch_mode "
         "badam_switch_interval badam_update_ratio badam_mask_mode badam_verbose "
         "use_adam_mini",
-        unsupported("optimizers are adamw, muon and adamw-8bit"),
+        unsupported("optimizers are muon and adamw, its 8-bit and paged kinds"),
     ),
     **each("oft_rank oft_block_size oft_target module_dropout", unsupported(_LINEAR_ONLY)),
     "use_dft_loss": unsupported("each token's loss is its own cross entropy"),
@@ -333,10 +332,11 @@ _TABLE: Table = {
         ignored(OWN_LAUNCH),
     ),
     **each(
-        "export_dir export_size export_device export_legacy_format export_hub_model_id "
-        "export_quantization_bit export_quantization_dataset",
-        unsupported(HUB),
+        "export_dir export_size export_device export_legacy_format export_quantization_bit "
+        "export_quantization_dataset",
+        ignored("`trainwright export` does it afterwards, `--merge` and `--gguf` included"),
     ),
+    "export_hub_model_id": when_on(same("export.push")),
     **each(
         "eval_num_beams max_new_tokens top_p top_k temperature do_sample num_beams "
         "repetition_penalty default_system enable_thinking",

@@ -28,7 +28,7 @@ OWN_PADDING = "padding is never trained on, and rows are filled as `data.packing
 OWN_RESUMING = "a run that is there already is resumed by itself"
 OWN_CACHE = "tokens are cached by themselves, and anew when anything they depend on changes"
 OWN_LAUNCH = "workers are started and joined by themselves"
-HUB = "nothing is sent to the hub while training; push the export afterwards"
+HUB = "`export.push` sends the finished export to the hub, and nothing else"
 PER_EPOCH = "the recipe counts steps; the default is {default}"
 NO_EARLY_STOP = "training runs to its end; `checkpoint.keep_best` keeps the best model on the way"
 IMAGES = "models here read text only"
@@ -37,17 +37,12 @@ WEIGHTS_FP32 = "weights and optimizer state stay fp32; the arithmetic is 16 bits
 # Their optimizers: ours, and what differs ("" if nothing does).
 _PLAIN = "adamw_torch adamw_torch_fused adamw_hf adamw_apex_fused adamw optimi_adamw AdamW"
 _EIGHT = "adamw_8bit adamw_bnb_8bit adamw_torch_8bit ao_adamw_8bit AdamW8bit AdamW8Bit"
-_PAGED = "paged_adamw_8bit PagedAdamW8bit"
 OPTIMIZERS: dict[str, tuple[str, str]] = {
     **dict.fromkeys(_PLAIN.split(), ("adamw", "")),
     **dict.fromkeys(_EIGHT.split(), ("adamw-8bit", "")),
-    **dict.fromkeys(_PAGED.split(), ("adamw-8bit", "its state is not paged to the host")),
+    **dict.fromkeys(("paged_adamw_8bit", "PagedAdamW8bit"), ("paged-adamw-8bit", "")),
     **dict.fromkeys(
-        ("paged_adamw_32bit", "paged_adamw", "PagedAdamW"),
-        (
-            "adamw",
-            "its state is not paged to the host; `parallel.offload: optimizer` keeps it there",
-        ),
+        ("paged_adamw_32bit", "paged_adamw", "PagedAdamW", "PagedAdamW32bit"), ("paged-adamw", "")
     ),
     **dict.fromkeys(("muon", "Muon"), ("muon", "")),
 }

@@ -126,17 +126,19 @@ def _loss(job: Job) -> None:
 
 def _distillation(job: Job) -> None:
     name = component(job, "kd_loss")
-    mix = {"Reverse": 1.0, "Symmetric": 0.5}.get(name.partition("KL")[0], 0.0)
+    beta = {"Reverse": 1.0, "Symmetric": 0.5}.get(name.partition("KL")[0], 0.0)
     teacher = job.get("teacher_checkpointer.checkpoint_dir")
     job.put("objective.kind", "distill")
-    job.put("objective.mix", mix)
-    reason = "as one end, or the middle, of the generalised Jensen-Shannon divergence"
+    job.put("objective.beta", beta)
     if name.startswith("Symmetric"):
         reason = "half and half of a Jensen-Shannon divergence, not of the two KLs"
-    job.note("approximated", "kd_loss", "objective.mix", reason)
+        job.note("approximated", "kd_loss", "objective.beta", reason)
+    else:
+        job.note("translated", "kd_loss", "objective.beta", "an end of the generalised divergence")
     if job.has("kd_ratio"):
-        reason = "all of the loss is the divergence; the data's own cross entropy has no part in it"
-        job.note("approximated", "kd_ratio", "objective.kind", reason)
+        # Theirs weighs the divergence, ours the cross entropy.
+        job.translated("kd_ratio", "objective.mix", 1.0 - (job.number("kd_ratio") or 0.0))
+    job.assumed("kd_ratio", "objective.mix", 0.5)
     if teacher:
         key = "teacher_checkpointer.checkpoint_dir"
         job.translated(key, "objective.teacher", str(teacher))
@@ -144,7 +146,7 @@ def _distillation(job: Job) -> None:
     if job.has("teacher_model"):
         job.ignored("teacher_model", "the teacher's own files, in `objective.teacher`")
     if job.has("loss"):
-        job.ignored("loss", "all of the loss is the divergence")
+        job.ignored("loss", "the cross entropy beside the divergence, in `objective.mix`")
 
 
 def _model(job: Job) -> None:

@@ -61,9 +61,13 @@ def _divergence(job: Job, key: str, value: Any) -> None:
 
 
 KINDS: dict[str, Table] = {
-    "dpo": {"beta": same("objective.beta", number)},
+    "dpo": {
+        "beta": same("objective.beta", number),
+        "precompute_ref_log_probs": same("objective.cache_reference", truth),
+    },
     "kto": {
         "beta": same("objective.beta", number),
+        "precompute_ref_log_probs": same("objective.cache_reference", truth),
         "desirable_weight": same("objective.desirable_weight", number),
         "undesirable_weight": same("objective.undesirable_weight", number),
     },
@@ -82,7 +86,7 @@ KINDS: dict[str, Table] = {
     "distill": {
         "teacher_model_name_or_path": same("objective.teacher", str),
         "temperature": same("objective.temperature", number),
-        "beta": same("objective.mix", number),
+        "beta": same("objective.beta", number),
         **each("lmbda seq_kd max_new_tokens", unsupported(ON_POLICY)),
     },
 }
@@ -113,8 +117,8 @@ TABLE: Table = {
         ignored(OWN_LAUNCH),
     ),
     **each(
-        "precompute_ref_log_probs precompute_ref_batch_size precompute_ref_eval_batch_size",
-        ignored("the reference is asked as the adapter and the memory allow"),
+        "precompute_ref_batch_size precompute_ref_eval_batch_size",
+        ignored("as large as a micro-batch"),
     ),
     "generate_during_eval": unsupported("`evaluation.samples.prompts` shows completions"),
     **each(
