@@ -12,6 +12,7 @@ import torch
 
 from tests.training.runs import assemble_here, small_recipe
 from tests.training.test_exactness import EVEN, LAYOUTS
+from tests.training.tuning import THIN, recipe_of, saved, train
 from tests.workers import run_on
 from trainwright.data.prepare import open_data
 from trainwright.report.history import read_history
@@ -141,7 +142,6 @@ PAIR_RUNS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", PAIR_RUNS)
 def test_evaluate_scores_a_run_by_what_it_optimises(name, base, tmp_path) -> None:
-    from tests.training.test_finetune import recipe_of, train
 
     file = tmp_path / "pairs.jsonl"
     rows = [
@@ -171,16 +171,4 @@ def test_evaluate_scores_a_run_by_what_it_optimises(name, base, tmp_path) -> Non
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    """A small pretrained model, with a tokenizer of one token a byte."""
-    from tests.training.test_finetune import SHAPES
-    from trainwright.data.tokenizers import byte_tokenizer
-    from trainwright.models.families import decoder_config, new_hf_config
-    from trainwright.models.weights import initialise, new_model, save_model
-
-    folder = tmp_path / "base"
-    model = new_model(decoder_config(new_hf_config("llama", SHAPES, 260)))
-    initialise(model, 1)
-    folder.mkdir()
-    save_model(model, folder)
-    byte_tokenizer().save_pretrained(str(folder))
-    return folder
+    return saved(tmp_path / "base", THIN, seed=1)

@@ -9,32 +9,16 @@ from typing import Any
 import pytest
 import torch
 
-from tests.training.runs import SHAPE, assemble_here
+from tests.training.tuning import THIN, recipe_of, saved, train
 from trainwright.data.opening import open_data
 from trainwright.errors import UserError
-from trainwright.models.families import decoder_config, new_hf_config
-from trainwright.models.weights import initialise, new_model, save_model
-from trainwright.recipe.schema import Recipe
 from trainwright.training.artifacts import load_model, open_model
 from trainwright.training.exporting import export_run
-from trainwright.training.loop import Trainer
-from trainwright.training.run_directory import RunDirectory, default_run_directory
-
-SHAPES = {**SHAPE, "max_position_embeddings": 256}
 
 
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    """A small pretrained model, with a tokenizer of one token a byte."""
-    from trainwright.data.tokenizers import byte_tokenizer
-
-    folder = tmp_path / "base"
-    model = new_model(decoder_config(new_hf_config("llama", SHAPES, 260)))
-    initialise(model, 1)
-    folder.mkdir()
-    save_model(model, folder)
-    byte_tokenizer().save_pretrained(str(folder))
-    return folder
+    return saved(tmp_path / "base", THIN, seed=1)
 
 
 @pytest.fixture
@@ -49,48 +33,6 @@ def chats(tmp_path: Path) -> Path:
     ]  # fmt: skip
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
-
-
-def recipe_of(tmp_path: Path, base: Path, source: Path, **sections: Any) -> Recipe:
-    values: dict[str, Any] = {
-        "name": "tuned",
-        "run_directory": str(tmp_path / "run"),
-        "model": {"path": str(base)},
-        "objective": "sft",
-        "data": {
-            "sources": [str(source)],
-            "validation": 0.1,
-            "sequence_length": 128,
-            "cache": str(tmp_path / "cache"),
-        },
-        "training": {"steps": 6, "batch_sequences": 4, "precision": "fp32", "compile": False},
-        "optimizer": {"learning_rate": 1e-2},
-        "parallel": {"workers": 1},
-        "checkpoint": {"every": 3},
-        "export": {"at_end": False},
-    }
-    for key, value in sections.items():
-        values[key] = {**values[key], **value} if isinstance(values.get(key), dict) else value
-    return Recipe.model_validate(values)
-
-
-class AskToStop:
-    """Asks for the end after so many steps, as Ctrl-C does."""
-
-    def __init__(self, trainer: Trainer, steps: int) -> None:
-        self.trainer, self.steps = trainer, steps
-
-    def after_step(self, done: int, stats: Any, seconds: float, last: bool) -> None:
-        self.trainer.stop_requested = done == self.steps - 1
-
-
-def train(recipe: Recipe, steps: int | None = None) -> RunDirectory:
-    """Train in this process; be asked to stop after `steps`."""
-    made = assemble_here(recipe)
-    if steps is not None:
-        made.trainer.hooks = [*made.trainer.hooks, AskToStop(made.trainer, steps)]
-    made.close(made.trainer.run())
-    return RunDirectory(default_run_directory(recipe))
 
 
 ADAPTERS: dict[str, dict[str, Any]] = {

@@ -9,10 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.training.test_finetune import SHAPES
+from tests.training.tuning import THIN, saved
 from trainwright.errors import UserError
-from trainwright.models.families import decoder_config, new_hf_config
-from trainwright.models.weights import initialise, new_model, save_model
 from trainwright.training.score import open_subject
 
 pytest.importorskip("lm_eval")
@@ -51,14 +49,7 @@ metric_list: [{metric: byte_perplexity}, {metric: bits_per_byte}]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> Path:
-    from trainwright.data.tokenizers import byte_tokenizer
-
-    folder = tmp_path_factory.mktemp("model")
-    made = new_model(decoder_config(new_hf_config("llama", SHAPES, 260)))
-    initialise(made, 1)
-    save_model(made, folder)
-    byte_tokenizer().save_pretrained(str(folder))
-    return folder
+    return saved(tmp_path_factory.mktemp("tuned") / "model", THIN, seed=1)
 
 
 @pytest.fixture

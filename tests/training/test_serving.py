@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.training.runs import SHAPE
-from tests.training.test_finetune import recipe_of, train
+from tests.training.tuning import recipe_of, train
 from trainwright.data.tokenizers import byte_tokenizer
 from trainwright.errors import UserError
 from trainwright.models.adapters import set_active

@@ -212,7 +212,7 @@ def test_a_task_that_cannot_be_is_refused_in_the_recipe(task, key, tmp_path) -> 
 
 def test_an_answer_to_a_chat_ends_with_the_turn(tmp_path) -> None:
     """Trained on turns: answers come through the template, and end where it ends them."""
-    from tests.training.test_finetune import recipe_of, train
+    from tests.training.tuning import recipe_of, train
     from trainwright.data.tokenizers import byte_tokenizer
     from trainwright.models.families import decoder_config, new_hf_config
     from trainwright.models.weights import initialise, new_model, save_model

@@ -41,6 +41,7 @@ def recipe_of(folder: Path, base: Path, *sources: Path, **sections: Any) -> Reci
         "name": "tuned",
         "run_directory": str(folder / "run"),
         "model": {"path": str(base)},
+        "objective": "sft",
         "data": {
             "sources": [str(source) for source in sources],
             "validation": 0.1,

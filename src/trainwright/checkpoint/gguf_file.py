@@ -7,7 +7,6 @@ numbers the types and packs the blocks; its own writer takes a tensor whole, thi
 from __future__ import annotations
 
 import math
-import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from trainwright.errors import UserError
-from trainwright.files import sync_directory
+from trainwright.files import opened_atomically
 
 ALIGNMENT = 32  # where a tensor's data may begin
 CHUNK = 1 << 24  # elements that are packed at a time
@@ -72,29 +71,21 @@ def write_gguf(path: Path, values: Mapping[str, Any], tensors: Sequence[PackedTe
     int32 and float32. No more than a part of a tensor is in memory. Raises UserError for a value
     that its type cannot hold.
     """
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with beside.open("wb") as file:
-            file.write(struct.pack("<4sIQQ", b"GGUF", 3, len(tensors), len(values)))
-            for key, value in values.items():
-                file.write(_string(key) + _typed(value))
-            offset = 0
-            for tensor in tensors:
-                place = struct.pack("<IQ", tensor.type, offset)
-                sizes = struct.pack(f"<{len(tensor.shape)}Q", *reversed(tensor.shape))
-                file.write(_string(tensor.name) + struct.pack("<I", len(tensor.shape)))
-                file.write(sizes + place)
-                offset += tensor.bytes + -tensor.bytes % ALIGNMENT
-            for tensor in tensors:
-                file.write(b"\0" * (-file.tell() % ALIGNMENT))
-                _write_data(file, tensor)
+    with opened_atomically(path) as file:
+        file.write(struct.pack("<4sIQQ", b"GGUF", 3, len(tensors), len(values)))
+        for key, value in values.items():
+            file.write(_string(key) + _typed(value))
+        offset = 0
+        for tensor in tensors:
+            place = struct.pack("<IQ", tensor.type, offset)
+            sizes = struct.pack(f"<{len(tensor.shape)}Q", *reversed(tensor.shape))
+            file.write(_string(tensor.name) + struct.pack("<I", len(tensor.shape)))
+            file.write(sizes + place)
+            offset += tensor.bytes + -tensor.bytes % ALIGNMENT
+        for tensor in tensors:
             file.write(b"\0" * (-file.tell() % ALIGNMENT))
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-    sync_directory(path.parent)
+            _write_data(file, tensor)
+        file.write(b"\0" * (-file.tell() % ALIGNMENT))
 
 
 def _write_data(file: BinaryIO, tensor: PackedTensor) -> None:

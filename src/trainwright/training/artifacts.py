@@ -107,6 +107,21 @@ def complete_step(run: RunDirectory, step: int | None = None) -> int:
     return steps[-1] if step is None else step
 
 
+def unfilled_model(run: RunDirectory, *, keep_originals: bool = False) -> Model:
+    """A run's model with its adapter, if any, on "meta" where it is one of our decoders."""
+    hf_config, recipe = run.read_model_config(), run.read_recipe()
+    model: Model
+    if hf_config["model_type"] in FAMILIES:
+        model = new_model(decoder_config(hf_config), device="meta")
+    else:
+        directory = pretrained_directory(recipe.model)
+        assert directory is not None
+        model = load_fallback(directory, trust_remote_code=recipe.model.trust_remote_code)
+    if recipe.adapter is not None:
+        adapt(model, recipe.adapter, keep_originals=keep_originals)
+    return model
+
+
 def load_run_model(
     run: RunDirectory,
     step: int,
@@ -121,14 +136,7 @@ def load_run_model(
     """
     hf_config, recipe = run.read_model_config(), run.read_recipe()
     directory = pretrained_directory(recipe.model)
-    model: Model
-    if hf_config["model_type"] in FAMILIES:
-        model = new_model(decoder_config(hf_config), device="meta")
-    else:
-        assert directory is not None
-        model = load_fallback(directory, trust_remote_code=recipe.model.trust_remote_code)
-    if recipe.adapter is not None:
-        adapt(model, recipe.adapter, keep_originals=keep_originals)
+    model = unfilled_model(run, keep_originals=keep_originals)
     if isinstance(model, Decoder):
         model.to_empty(device="cpu")
         if recipe.adapter is not None:

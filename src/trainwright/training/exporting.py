@@ -35,17 +35,15 @@ from trainwright.files import write_atomically
 from trainwright.models.adapter_files import save_adapter
 from trainwright.models.adapter_merge import merge as merge_adapters
 from trainwright.models.directory import read_hf_config, resolve_model_directory
-from trainwright.models.fallback import load_fallback
-from trainwright.models.families import FAMILIES, decoder_config
-from trainwright.models.weights import model_tensors, new_model, save_model
+from trainwright.models.weights import model_tensors, save_model
 from trainwright.parallel.spread import Model
 from trainwright.recipe.schema import GgufType, Recipe
-from trainwright.training.adapting import adapt
 from trainwright.training.artifacts import (
     complete_step,
     load_run_model,
     result_figures,
     turn_end,
+    unfilled_model,
 )
 from trainwright.training.prepare import GENERATION, pretrained_directory
 from trainwright.training.run_directory import RunDirectory, find_run
@@ -212,18 +210,10 @@ def export_further(run: RunDirectory, exported: Path | None) -> None:
 
 def write_adapter(run: RunDirectory, step: int, folder: Path) -> None:
     """A run's adapter alone, as PEFT reads it."""
-    recipe, hf_config = run.read_recipe(), run.read_model_config()
-    directory = pretrained_directory(recipe.model)
-    model: Model
-    if hf_config["model_type"] in FAMILIES:
-        model = new_model(decoder_config(hf_config), device="meta")
-    else:
-        assert directory is not None
-        model = load_fallback(directory, trust_remote_code=recipe.model.trust_remote_code)
-    adapt(model, recipe.adapter)
+    recipe = run.read_recipe()
+    base = None if pretrained_directory(recipe.model) is None else str(recipe.model.path)
     tensors = read_model_tensors(run.checkpoints, step)
-    base = None if directory is None else str(recipe.model.path)
-    save_adapter(model, folder, base_model=base, tensors=tensors)
+    save_adapter(unfilled_model(run), folder, base_model=base, tensors=tensors)
 
 
 def merged_model(run: RunDirectory, step: int) -> Model:
