@@ -9,9 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from tests.training.tuning import THIN, recipe_of, saved, train
+from tests.training.tuning import THIN, recipe_of, records, saved, train
 from trainwright.data.opening import open_data
 from trainwright.errors import UserError
+from trainwright.rollout.engine import generate
+from trainwright.rollout.sampling import SamplingParams
 from trainwright.training.artifacts import load_model, open_model
 from trainwright.training.exporting import export_run
 
@@ -172,6 +174,23 @@ def test_a_reward_model_is_what_transformers_and_peft_load(adapter, base, tmp_pa
         )  # fmt: skip
         further = load_model(train(again).path)
         torch.testing.assert_close(further.score.weight, ours.score.weight)
+
+
+@pytest.mark.parametrize("chat", [None, False])
+def test_samples_are_asked_as_the_model_was_taught(chat, base, chats, tmp_path) -> None:
+    samples = {"prompts": ["What is 2 + 2?"], "max_new_tokens": 8, "temperature": 0, "chat": chat}
+    run = train(recipe_of(tmp_path, base, chats, evaluation={"samples": samples}))
+    *_, sample = records(run, "sample")
+    opened = open_model(run.path)
+    turn = [{"role": "user", "content": "What is 2 + 2?"}]
+    ids = opened.tokenizer.apply_chat_template(
+        turn, add_generation_prompt=True, return_dict=False,
+        tokenizer_kwargs={"split_special_tokens": False},
+    )  # fmt: skip
+    prompt = "What is 2 + 2?" if chat is False else ids
+    params = SamplingParams(max_new_tokens=8, temperature=0)
+    [completion] = generate(opened.model, opened.tokenizer, [prompt], params)
+    assert sample["completion"] == completion.text
 
 
 def test_answers_end_where_the_template_ends_them(base, chats, tmp_path) -> None:

@@ -24,6 +24,12 @@ class Sampling(Section):
         description="Prompts to complete.",
         examples=[["Once upon a time"]],
     )
+    chat: bool | None = Field(
+        None,
+        description="Put prompts into the chat template as a user's turn; default where the run "
+        "learns from examples and its tokenizer has a template.",
+        examples=[True],
+    )
     max_new_tokens: Count = Field(48, description="Most tokens to add to a prompt.")
     temperature: NotNegative = Field(0.7, description="0 is greedy.")
     top_p: Annotated[float, Field(gt=0, le=1), NotTruth] = Field(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 
@@ -16,7 +17,8 @@ from trainwright.objectives.objective import Objective
 from trainwright.parallel.spread import SpreadModel, force_eager
 from trainwright.recipe.schema import Recipe
 from trainwright.resilience.out_of_memory import peak_bytes
-from trainwright.rollout.engine import generate
+from trainwright.rollout.engine import Prompt, generate
+from trainwright.rollout.prompts import chat_prompt
 from trainwright.rollout.sampling import SamplingParams
 from trainwright.training.evaluate import HeldOutLoss, held_out_loss
 from trainwright.training.metrics import MetricsWriter
@@ -99,7 +101,7 @@ class EvaluationHook:
         spread: SpreadModel,
         objective: Objective,
         reference: Reference | None,
-        tokenizer: Callable[[], object],
+        tokenizer: Callable[[], Any],
         writer: MetricsWriter | None,
         progress: Progress | None,
     ) -> None:
@@ -176,10 +178,17 @@ class EvaluationHook:
             top_p=samples.top_p,
             seed=self.recipe.seed,
         )
+        tokenizer, chat = self.tokenizer(), samples.chat
+        if chat is None:
+            chat = self.recipe.learns_examples and bool(tokenizer.chat_template)
+        prompts: list[Prompt] = list(samples.prompts)
+        if chat:
+            turns = [[{"role": "user", "content": prompt}] for prompt in samples.prompts]
+            prompts = [chat_prompt(tokenizer, turn) for turn in turns]
         completions = generate(
             self.spread.model,
-            self.tokenizer(),
-            samples.prompts,
+            tokenizer,
+            prompts,
             params,
             device=self.world.device,
             # One differing bit would end a text on one worker and leave the others waiting for it.
@@ -191,7 +200,7 @@ class EvaluationHook:
             record = {
                 "kind": "sample",
                 "step": done,
-                "prompt": prompt,
+                "prompt": f"{prompt}\n" if chat else prompt,
                 "completion": completion.text,
             }
             self.writer.write(record)
