@@ -9,13 +9,17 @@ from typing import Any
 import pytest
 import torch
 
+from tests.training.runs import assemble_here
 from tests.training.tuning import THIN, recipe_of, records, saved, train
+from tests.workers import run_on
 from trainwright.data.opening import open_data
 from trainwright.errors import UserError
 from trainwright.rollout.engine import generate
 from trainwright.rollout.sampling import SamplingParams
+from trainwright.training import assemble as assembling
 from trainwright.training.artifacts import load_model, open_model
 from trainwright.training.exporting import export_run
+from trainwright.training.run_directory import RunDirectory
 
 
 @pytest.fixture
@@ -80,6 +84,48 @@ def test_a_quantised_base_learns_below_where_it_began(quantise, base, chats, tmp
     assert losses[-1] < losses[0] - 0.2
     size = sum(file.stat().st_size for file in run.checkpoints.rglob("*") if file.is_file())
     assert size < 2 * sum(file.stat().st_size for file in base.iterdir())  # no copy of the base
+
+
+LAYOUTS: dict[str, dict[str, Any]] = {
+    "one": {"workers": 1},
+    "replicas": {"workers": 2, "dp_replicate": 2},
+    "shards": {"workers": 2, "dp_shard": 2},
+    "tensors": {"workers": 2, "tp": 2},
+    "stages": {"workers": 2, "pp": 2, "schedule": "1f1b", "micro_batch": 1},
+}
+
+
+def losses_in_bf16(
+    folder: str, base: str, source: str, name: str, adapter: dict, wide: bool
+) -> list[float]:
+    """Losses of an adapter's run, its frozen base held in bf16, or in fp32 if `wide`."""
+    recipe = recipe_of(
+        Path(folder), Path(base), Path(source), adapter=adapter, training={"precision": "bf16"},
+        parallel={**LAYOUTS[name], "threads": 1}, run_directory=f"{folder}/{name}-{wide}",
+    )  # fmt: skip
+    held, narrow = torch.float32 if wide else torch.bfloat16, assembling.narrow_frozen
+    if wide:
+        assembling.narrow_frozen = lambda model, dtype: None
+    try:
+        made = assemble_here(recipe)
+    finally:
+        assembling.narrow_frozen = narrow
+    named = made.trainer.step.spread.named_parameters()
+    assert {weight.dtype for name, weight in named if "o_proj" in name} == {held}
+    made.close(made.trainer.run())
+    return [each["loss"] for each in records(RunDirectory(Path(folder) / f"{name}-{wide}"), "step")]
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_frozen_base_in_the_type_of_products_changes_no_bit(name, base, chats, tmp_path) -> None:
+    adapter = {"rank": 4, "targets": ["q_proj", "embed_tokens", "down_proj"]}
+    if name == "stages":
+        adapter["targets"] = ["q_proj", "down_proj"]
+    paths = (str(tmp_path), str(base), str(chats))
+    workers = LAYOUTS[name]["workers"]
+    narrow, *_ = run_on(workers, losses_in_bf16, *paths, name, adapter, False)
+    wide, *_ = run_on(workers, losses_in_bf16, *paths, name, adapter, True)
+    assert narrow == wide
 
 
 def test_a_run_with_an_adapter_goes_on_to_the_same_bits(base, chats, tmp_path) -> None:

@@ -97,19 +97,21 @@ def adapted_state_bytes(config: DecoderConfig, plan: Plan, adapter: Adapter) -> 
 
 
 def _adapted_bytes(config: DecoderConfig, plan: Plan, adapter: Adapter, pp_rank: int) -> Memory:
-    quantised = {"none": _FP32, "int8": 1.02, "nf4": 0.52}[adapter.quantise]
-    base = trained = 0.0
+    packed = {"none": None, "int8": 1.02, "nf4": 0.52}[adapter.quantise]
+    base = trained = narrow = 0.0
     for stage in stages_of(plan, pp_rank):
         for weight in (each for group in stage_weights(config, plan, stage) for each in group):
-            matrix = weight.group == "block" and len(weight.shape) == 2
-            base += weight.shard(plan) * (quantised if matrix else _FP32)
+            matrix, held = weight.group == "block" and len(weight.shape) == 2, _frozen(weight, plan)
             if matrix:
+                if packed is not None:
+                    held = packed * weight.shard(plan)
+                elif adapter.dora:  # reads their rows' lengths in fp32 besides
+                    narrow += held if plan.dp_shard == 1 and plan.precision != "fp32" else 0.0
+                    held = _FP32 * weight.shard(plan)
                 trained += adapter.rank * sum(weight.local(plan)) / weight.shards(plan)
             elif weight.group == "outer" and len(weight.shape) == 2:
                 trained += weight.shard(plan) * min(1, len(adapter.train_also))
-    narrow = 0.0
-    if plan.dp_shard == 1 and plan.precision != "fp32" and adapter.quantise == "none":
-        narrow = base * ELEMENT_BYTES[plan.precision] / _FP32
+            base += held
     optimizer = _OPTIMIZER_BYTES[plan.optimizer] * trained
     return Memory(
         parameters=_FP32 * trained,
@@ -123,7 +125,21 @@ def _adapted_bytes(config: DecoderConfig, plan: Plan, adapter: Adapter, pp_rank:
 
 def reference_bytes(config: DecoderConfig, plan: Plan) -> float:
     """A second model that answers are compared with, on the fullest worker."""
-    return state_bytes(config, plan).parameters
+    return max(
+        sum(
+            _frozen(weight, plan)
+            for stage in stages_of(plan, pp_rank)
+            for group in stage_weights(config, plan, stage)
+            for weight in group
+        )
+        for pp_rank in range(plan.pp)
+    )
+
+
+def _frozen(weight: Weight, plan: Plan) -> float:
+    """A weight that is not trained: matrices are held in the type of products."""
+    element = ELEMENT_BYTES[plan.precision] if len(weight.shape) > 1 else _FP32
+    return element * weight.shard(plan)
 
 
 def teacher_bytes(config: DecoderConfig, plan: Plan, rows: int) -> float:

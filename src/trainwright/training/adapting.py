@@ -7,12 +7,15 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import nn
 
 from trainwright.errors import Mistake, UserError
+from trainwright.models.adapted import Adapted
+from trainwright.models.adapted_linear import AdaptedEmbedding
 from trainwright.models.adapter_files import fill_adapter, read_adapter_spec
 from trainwright.models.adapter_init import drawn_weights, initialise_adapter, saved_weights
-from trainwright.models.adapter_spec import AdapterSpec
+from trainwright.models.adapter_spec import AdapterSpec, is_adapter_tensor
 from trainwright.models.adapters import adapters_off, add_adapter, learning_rate_factors
 from trainwright.models.decoder import Decoder
 from trainwright.models.quantised import quantise_model
@@ -56,6 +59,26 @@ def adapt(model: Model, section: Adapter | None, *, keep_originals: bool = False
     add_adapter(model, spec, keep_originals=keep_originals, strict=section.path is None)
     if spec.dropout and isinstance(model, Decoder):
         model.drop_adapter_inputs()
+
+
+def narrow_frozen(model: nn.Module, dtype: torch.dtype) -> None:
+    """Hold matrices that are not trained in the type that products read them in anyway.
+
+    For models whose frozen weights are never saved. No bit of a product changes: left as they are
+    are weights that DoRA reads the lengths of, and embeddings to which an adapter adds in fp32.
+    Before the model has values.
+    """
+    exact = {
+        f"{path}.weight"
+        for path, layer in model.named_modules()
+        if isinstance(layer, AdaptedEmbedding)
+        or (isinstance(layer, Adapted) and any(each.dora for each in layer.adapters.values()))
+    }
+    for name, parameter in model.named_parameters():
+        frozen = not parameter.requires_grad and not is_adapter_tensor(name)
+        matrix = parameter.ndim > 1 and parameter.is_floating_point()  # packed ones are not
+        if frozen and matrix and name not in exact:
+            parameter.data = parameter.data.to(dtype)
 
 
 def _with_score(spec: AdapterSpec, section: Adapter) -> AdapterSpec:

@@ -35,6 +35,7 @@ from trainwright.training.adapting import (
     adapt,
     fill,
     fill_adapter_alone,
+    narrow_frozen,
     rate_factors,
     without_adapters,
 )
@@ -145,6 +146,8 @@ def _built(
             decoder = new_model(decoder_config(hf_config), device="meta", span=span)
             adapt(decoder, adapter, keep_originals=keeps)
             freeze(decoder, recipe.training.freeze if trained else ["*"])
+            if adapter is not None or not trained:
+                narrow_frozen(decoder, COMPUTE_DTYPES[plan.precision])
             return decoder
         assert directory is not None
         model = load_fallback(directory, trust_remote_code=recipe.model.trust_remote_code)
