@@ -9,8 +9,9 @@ counted. Each side runs in a process of its own, in turns; the first steps are n
     python benchmarks/finetune.py --shape 1b --sequence 2048 --only sft        # a GPU
     python benchmarks/finetune.py --shape 8b --sequence 2048 --rows 2 --only lora qlora
 
-"as it comes" is TRL with its defaults but for logs and saving; "at its best" is with its packing
-(`bfd`) and without recomputed activations. Rows are examples where TRL does not pack.
+"as it comes" is TRL with its defaults but for logs and saving, which recompute activations; "at its
+best" is with its packing (`bfd`) and without recomputing. Not packed, TRL pads a batch to its
+longest example, trainwright every row to the whole length.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ SIDES = {
     "TRL as it comes": ("trl", {}),
     "TRL at its best": ("trl", {"packing": True, "gradient_checkpointing": False}),
     "trainwright, not packed": ("trainwright", {"packing": "none"}),
-    "trainwright": ("trainwright", {"packing": "best-fit"}),
+    "trainwright, recomputed": ("trainwright", {"recompute": "full"}),
+    "trainwright": ("trainwright", {}),
 }
 UNCOUNTED = 3
 
@@ -87,7 +89,9 @@ def prepare(folder: Path, shape: str, data: Path | None) -> None:
     save_model(model, base)
 
 
-def run_trainwright(options: argparse.Namespace, packing: str) -> dict[str, Any]:
+def run_trainwright(
+    options: argparse.Namespace, packing: str = "best-fit", recompute: str = "none"
+) -> dict[str, Any]:
     """Train through the launcher; figures from the run's own records."""
     from itertools import pairwise
 
@@ -108,7 +112,11 @@ def run_trainwright(options: argparse.Namespace, packing: str) -> dict[str, Any]
             "sequence_length": options.sequence,
             "packing": packing,
         },
-        "training": {"steps": options.steps + UNCOUNTED, "batch_sequences": options.rows},
+        "training": {
+            "steps": options.steps + UNCOUNTED,
+            "batch_sequences": options.rows,
+            "recompute": recompute,
+        },
         "optimizer": {"learning_rate": 2e-5, "weight_decay": 0.0},
         "checkpoint": {"every": 10**6},
         "evaluation": {"every": 10**6, "rows": 1},
