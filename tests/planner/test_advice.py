@@ -86,7 +86,8 @@ def test_an_adapters_lines(quantise: str) -> None:
 def test_a_reference_has_a_line_unless_its_scores_are_kept() -> None:
     machine = gpus(80)
     budget = budget_of(recipe_of(objective="dpo"), machine)
-    assert budget.lines["reference"] == budget.lines["weights"]
+    # It rests in bf16, but for its norms.
+    assert budget.lines["reference"] == pytest.approx(budget.lines["weights"] / 2, rel=1e-3)
     cached = recipe_of(objective={"kind": "dpo", "cache_reference": True})
     assert "reference" not in budget_of(cached, machine).lines
 
@@ -127,7 +128,7 @@ CASES: dict[str, tuple[dict[str, Any], Machine]] = {
     "micro-batch": ({"parallel": {"micro_batch": 8}}, gpus(40)),
     "states": ({"parallel": {"micro_batch": 1}}, gpus(29)),
     "both": ({"parallel": {"micro_batch": 8}}, gpus(26)),
-    "adapter": ({"adapter": {"rank": 16}, "training": {"steps": 1, "recompute": "full"}}, gpus(9)),
+    "adapter": ({"adapter": {"rank": 16}, "training": {"steps": 1, "recompute": "full"}}, gpus(4)),
     "reference": ({"objective": "dpo"}, gpus(33)),
     "replicas": ({"parallel": {"dp_replicate": 4}}, gpus(26, 4)),
     "zero": ({"parallel": {"zero": 1, "dp_shard": 4}, "training": {"steps": 1}}, gpus(17, 4)),

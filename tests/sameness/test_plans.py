@@ -25,14 +25,13 @@ SCHEDULES = {"gpipe", "1f1b", "interleaved", "zero_bubble", "zbv", "dualpipev"}
 # Family, keys of its config, settings, workers, plans. Together: every axis, schedule and method,
 # tied and untied embeddings, windows, soft caps, fused projections, latent attention, dropout.
 CASES = [
-    ("llama", {"tie_word_embeddings": True}, {}, 4, 9),
-    ("llama", {}, {"dropout": 0.2}, 4, 6),
-    ("gemma2", {"sliding_window": 16}, {}, 4, 6),
-    ("mistral", {"sliding_window": 16}, {}, 4, 6),
+    ("llama", {"tie_word_embeddings": True}, {}, 4, 6),
+    ("llama", {}, {"dropout": 0.2}, 4, 3),
+    ("gemma2", {"sliding_window": 16}, {}, 4, 4),
     ("phi3", {}, {}, 2, 3),
     ("olmo2", {}, {}, 2, 3),
-    ("mixtral", {"num_local_experts": 8}, {"router_balance_loss": 0.01}, 4, 7),
-    ("deepseek_v3", {}, {"router_z_loss": 0.001}, 4, 5),
+    ("mixtral", {"num_local_experts": 8}, {"router_balance_loss": 0.01}, 4, 5),
+    ("deepseek_v3", {}, {"router_z_loss": 0.001}, 4, 4),
 ]
 
 
@@ -60,17 +59,17 @@ def test_plans_train_as_one_process_does(family, keys, training, workers, count,
 
 # Objective, adapter, workers, plans.
 FINE_TUNING = [
-    ({"kind": "sft"}, {"rank": 4}, 4, 5),
-    ({"kind": "dpo", "loss": {"sigmoid": 1.0, "sft": 0.3}}, None, 4, 4),
+    ({"kind": "sft"}, {"rank": 4}, 4, 3),
+    ({"kind": "dpo", "loss": {"sigmoid": 1.0, "sft": 0.3}}, None, 4, 3),
     (
         {"kind": "dpo"},
         {"rank": 4, "dora": True, "targets": ["q_proj", "o_proj", "down_proj"]},
-        4,
-        5,
+        2,
+        3,
     ),
     ({"kind": "kto"}, {"rank": 4, "init": "pissa"}, 2, 2),
     ({"kind": "simpo"}, {"rank": 4, "quantise": "int8", "dropout": 0.1}, 2, 2),
-    ({"kind": "distill", "teacher": "unread", "mix": 0.3}, None, 4, 4),
+    ({"kind": "distill", "teacher": "unread", "mix": 0.3}, None, 4, 3),
     ({"kind": "distill", "teacher": "unread", "beta": 0}, {"rank": 4}, 2, 2),
     ({"kind": "orpo"}, {"rank": 4, "quantise": "nf4", "train_also": ["lm_head"]}, 2, 2),
     ({"kind": "reward", "center": 0.1}, None, 4, 3),
