@@ -43,6 +43,7 @@ SIDES = {
     "TRL at its best": ("trl", {"packing": True, "gradient_checkpointing": False}),
     "trainwright, not packed": ("trainwright", {"packing": "none"}),
     "trainwright, recomputed": ("trainwright", {"recompute": "full"}),
+    "trainwright, 2 rows a time": ("trainwright", {"micro_batch": 2}),
     "trainwright": ("trainwright", {}),
 }
 UNCOUNTED = 3
@@ -90,7 +91,10 @@ def prepare(folder: Path, shape: str, data: Path | None) -> None:
 
 
 def run_trainwright(
-    options: argparse.Namespace, packing: str = "best-fit", recompute: str = "none"
+    options: argparse.Namespace,
+    packing: str = "best-fit",
+    recompute: str = "none",
+    micro_batch: int | None = None,
 ) -> dict[str, Any]:
     """Train through the launcher; figures from the run's own records."""
     from itertools import pairwise
@@ -120,7 +124,7 @@ def run_trainwright(
         "optimizer": {"learning_rate": 2e-5, "weight_decay": 0.0},
         "checkpoint": {"every": 10**6},
         "evaluation": {"every": 10**6, "rows": 1},
-        "parallel": {"workers": 1, "micro_batch": options.rows},
+        "parallel": {"workers": 1, "micro_batch": micro_batch or options.rows},
         "export": {"at_end": False},
     }
     if ADAPTERS[options.method] is not None:
