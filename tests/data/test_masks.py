@@ -23,7 +23,7 @@ from trainwright.data.encode import Encoder
 from trainwright.data.examples import Conversation, RowRefusedError, Text
 from trainwright.data.formats import example_of
 from trainwright.data.formats_rows import read_rows
-from trainwright.data.masks import Encoded, Renderer, cut, encode_many, encode_pair, encode_sequence
+from trainwright.data.masks import Encoded, Renderer, cut, encode_many, encode_sequence
 from trainwright.data.templates import ChatTemplate, find_template, special_tokens
 from trainwright.data.tokenizers import byte_tokenizer, save_tokenizer, train_tokenizer
 from trainwright.errors import UserError
@@ -284,11 +284,13 @@ def test_many_are_each(bytes_directory):
 
 def test_pairs(bytes_directory):
     renderer = Renderer(bytes_directory)
-    chosen, rejected = encode_pair(Text("a", "b"), Text("a", "cc"), renderer)
+    pair = [Text("a", "b"), Text("a", "cc"), TURNS]
+    chosen, rejected, refused = encode_many(pair, renderer, train_on="completion")
+    assert isinstance(chosen, Encoded) and isinstance(rejected, Encoded)
     assert marked(chosen, bytes_directory) == "<s>a«b</s>»"
     assert marked(rejected, bytes_directory) == "<s>a«cc</s>»"
-    with pytest.raises(RowRefusedError, match="`rejected`: the row is a conversation"):
-        encode_pair(Text("a", "b"), TURNS, renderer)
+    assert isinstance(refused, RowRefusedError)
+    assert "the row is a conversation" in refused.what
 
 
 @pytest.mark.parametrize("template", ["chatml", "llama3", "mistral", "plain"])

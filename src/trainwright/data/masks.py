@@ -33,7 +33,6 @@ __all__ = [
     "TrainOn",
     "cut",
     "encode_many",
-    "encode_pair",
     "encode_sequence",
 ]
 
@@ -226,26 +225,6 @@ def encode_sequence(
     if isinstance(encoded, RowRefusedError):
         raise encoded
     return encoded
-
-
-def encode_pair(
-    chosen: Text | Conversation,
-    rejected: Text | Conversation,
-    renderer: Renderer,
-    *,
-    train_on: TrainOn = "completion",
-) -> tuple[Encoded, Encoded]:
-    """`encode_sequence` of both; RowRefusedError says which of them it is about."""
-    both = []
-    for name, encoded in zip(
-        ("chosen", "rejected"),
-        encode_many([chosen, rejected], renderer, train_on=train_on),
-        strict=True,
-    ):
-        if isinstance(encoded, RowRefusedError):
-            raise RowRefusedError(f"`{name}`: {encoded.what}", encoded.fix)
-        both.append(encoded)
-    return both[0], both[1]
 
 
 def encode_many(

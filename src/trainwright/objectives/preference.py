@@ -225,9 +225,6 @@ LOSSES: dict[str, PreferenceLoss] = {
     "sigmoid_norm": sigmoid_norm,
 }
 
-# What TRL calls those that it names otherwise.
-TRL_NAMES = {"exo_pair": "exo", "nca_pair": "nca", "bco_pair": "bco", "sppo_hard": "sppo"}
-
 
 def preference_losses(
     weights: Mapping[str, float], scores: PairScores, options: PreferenceOptions

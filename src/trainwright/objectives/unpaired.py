@@ -13,9 +13,6 @@ from torch import Tensor
 
 UnpairedLoss = Literal["kto", "apo_zero"]
 
-# What TRL calls the one that it names otherwise.
-TRL_NAMES = {"apo_zero_unpaired": "apo_zero"}
-
 
 def kl_sum(policy: Tensor, reference: Tensor, counts: Tensor) -> tuple[Tensor, Tensor]:
     """Σ (log π − log π_ref) over answers that do not belong to their prompts, and their number.
