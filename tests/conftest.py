@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Plans follow what has been measured of a machine: tests are the same on every one.
+_CACHE = tempfile.TemporaryDirectory(prefix="trainwright-tests-")
+os.environ["XDG_CACHE_HOME"] = _CACHE.name
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

@@ -14,6 +14,7 @@ import typer
 from typer.testing import CliRunner
 
 from trainwright.cli.doctor import doctor
+from trainwright.errors import UserError
 from trainwright.training import calibrate, checkup, machine
 from trainwright.training.calibrate import AllReduceSpeed, MatmulSpeed, MemoryBandwidth
 
@@ -183,3 +184,42 @@ def test_the_lists_of_packages_are_those_of_the_project():
 
 def test_help_has_an_example():
     assert "trainwright doctor --quick" in run_doctor("--help").output
+
+
+def test_calibrating_measures_and_says_where_it_is_kept(monkeypatch, tmp_path):
+    from trainwright.planner.cluster.calibration import Calibration, Crowd, Sample, machine_facts
+    from trainwright.training import calibration
+
+    def calibrate(machine, job, precision, *, say):
+        say("at it")
+        samples = (
+            Sample("product", "bf16", (1000, 1000, 1000), 0.01),
+            Sample("elements", "", (10**6,), 1e-4),
+        )
+        return Calibration(machine_facts(machine), "2026-01-01", (Crowd(2, 1, samples),))
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(calibration, "calibrate", calibrate)
+    result = run_doctor("--calibrate")
+    assert result.exit_code == 0, result.output
+    assert "bf16 200 GFLOP/s" in result.stdout and "memory 10.0 GB/s" in result.stdout
+    assert str(tmp_path / "trainwright" / "calibration") in result.stdout
+    document = json.loads(run_doctor("--calibrate", "--json").stdout)
+    assert document["crowds"][0]["samples"][0]["seconds"] == 0.01
+
+
+def test_an_interrupted_calibration_says_that_it_goes_on(monkeypatch):
+    from trainwright.training import calibration
+
+    def calibrate(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(calibration, "calibrate", calibrate)
+    result = run_doctor("--calibrate")
+    assert result.exit_code == 130 and "goes on" in result.output
+
+
+def test_a_recipe_without_calibrating_is_a_mistake():
+    result = run_doctor("recipe.yaml")
+    assert isinstance(result.exception, UserError)
+    assert "--calibrate" in str(result.exception)

@@ -219,6 +219,7 @@ def test_figures(tmp_path):
     figures = made_batches(tmp_path / "d", "best-fit", lengths=[8, 20, 4]).packing_figures()
     # Rows: 8 | 8 of 20 | 8 of 20 | the 4 left and 4.
     assert (figures.rows, figures.filled, figures.longest, figures.split) == (4, 1.0, 20, 1)
+    assert figures.visible == (3 * 8**2 + 4**2 + 4**2) / (4 * 8**2)  # rows 8, 8, 8 and 4 + 4
 
 
 def test_several_caches_are_one_corpus(tmp_path):

@@ -32,15 +32,16 @@ EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2}
 
 @dataclass(frozen=True)
 class Case:
-    """What is trained: a family, an optimizer, and more of the recipe's `training`."""
+    """What is trained: a family, an optimizer, more of the recipe's `training` and of the model."""
 
     family: str = "llama"
     optimizer: str = "adamw"
     training: dict[str, Any] = field(default_factory=dict)
+    keys: dict[str, Any] = field(default_factory=dict)
 
     @property
     def sizes(self) -> dict[str, Any]:
-        return SIZES | EXPERTS if self.family == "mixtral" else SIZES
+        return SIZES | (EXPERTS if self.family == "mixtral" else {}) | self.keys
 
     def recipe(self) -> Recipe:
         training = {"steps": STEPS, "batch_sequences": ROWS, "precision": "fp32"}

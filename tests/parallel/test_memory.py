@@ -62,6 +62,7 @@ STATES: dict[str, tuple[int, dict[str, Any], dict[str, Any]]] = {
         2, DENSE, {"dp_shard": 2, "zero": 3, "precision": "bf16", "accumulation": 8}),
     "zero 3 at once": (2, DENSE, {"dp_shard": 2, "zero": 3, "accumulation": 1}),
     "tp": (2, DENSE, {"tp": 2}),
+    "tp, attention whole": (2, DENSE, {"tp": 2, "whole": ("attention",)}),
     "pp": (2, DENSE, {"pp": 2}),
     "ep": (2, SPARSE, {"dp_shard": 2, "ep": 2, "zero": 2}),
     "zero 3 of 4": (4, TIED, {"dp_shard": 4, "zero": 3}),
@@ -261,6 +262,32 @@ def test_each_recompute_policy_holds_what_the_formula_says() -> None:
         assert most[policy] == pytest.approx(expected, rel=0.2), policy
     assert most["full"] < 0.5 * most["selective"] < 0.5 * 0.9 * most["none"]
     assert most["full"] < 0.8 * most[0.5] < 0.8 * 0.8 * most["none"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("whole", [(), ("attention",), ("attention", "network")])
+@pytest.mark.parametrize("accumulation", [4, 16])
+def test_tensor_parallelism_holds_what_it_gathers(whole: Any, accumulation: int) -> None:
+    config = decoder_config(DEEP)
+    plan = plan_of(config, 2, 128, tp=2, whole=whole, accumulation=accumulation)
+    expected = plan.micro_batch * activation_bytes(config, plan)
+    for _, found in run_on(2, peak, DEEP, plan):
+        assert found == pytest.approx(expected, rel=0.2)
+
+
+@pytest.mark.slow
+def test_layers_that_recompute_hold_less_where_others_go_backward_first() -> None:
+    config, most = decoder_config(DEEP), {}
+    for name, policies in {
+        "first": ("full",) * 6 + ("none",) * 2,
+        "last": ("none",) * 2 + ("full",) * 6,
+        "mixed": ("full", "selective", "none", "selective") * 2,
+    }.items():
+        plan = plan_of(config, 1, 128, recompute_by_layer=policies)
+        ((_, most[name]),) = run_on(1, peak, DEEP, plan)
+        expected = plan.micro_batch * activation_bytes(config, plan)
+        assert most[name] == pytest.approx(expected, rel=0.2), name
+    assert most["first"] < 0.8 * most["last"]
 
 
 @pytest.mark.slow

@@ -100,6 +100,23 @@ def test_compiled_blocks_recompute_too(policy):
     assert_same(gradients, expected[1])
 
 
+def test_compiled_blocks_may_have_policies_of_their_own():
+    """What is compiled for one policy must not be run for another."""
+    config = decoder_config(new_hf_config("llama", {**SIZES, "num_hidden_layers": 6}, 64))
+    kept, gradients = {}, {}
+    for policies in (("none",) * 6, ("full", "selective", "none") * 2, ("full",) * 6):
+        torch.compiler.reset()
+        model = new_model(config)
+        initialise(model, 1)
+        for block, policy in zip(model.blocks, policies, strict=True):
+            recompute_block(block, policy)
+            block.compile(backend="aot_eager")
+        kept[policies[:3]], gradients[policies[:3]] = kept_and_gradients(model)
+    plain, mixed, full = kept
+    assert 1.5 * kept[full] < kept[mixed] < 0.8 * kept[plain]
+    assert_same(gradients[mixed], gradients[plain])
+
+
 def test_blocks_may_have_budgets_of_their_own():
     torch.compiler.reset()
     kept = {}

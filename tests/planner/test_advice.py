@@ -170,6 +170,7 @@ def test_each_way_fits_when_it_is_written_into_the_recipe(name: str, tmp_path: P
 
 def test_the_least_slow_comes_first_and_one_change_before_two() -> None:
     assert advised(*_case("micro-batch"))[0] == "`parallel.micro_batch: 2`"
+    assert advised(*_case("micro-batch"))[1] == "`training.recompute: auto`"
     assert advised(*_case("states"))[0] == "`optimizer.name: adamw-8bit`"
     assert advised(*_case("adapter")) == ["`adapter.quantise: nf4`"]
     assert advised(*_case("reference"))[0] == "`objective.cache_reference: true`"

@@ -133,7 +133,7 @@ CASES: dict[str, tuple[str, str, str, str, list[str]]] = {
     ),
     "tensor degree against heads, vocabulary and key-value heads at once": (
         "  batch_sequences: 4", "  batch_sequences: 4\nparallel: {tp: 8}", "13", "parallel.tp",
-        ["`tp: 4`"],
+        ["`whole: [attention]`"],
     ),
     "a pipeline of more stages than layers": (
         "  batch_sequences: 4", "  batch_sequences: 4\nparallel: {pp: 8}", "13", "parallel.pp",

@@ -77,12 +77,18 @@ CASES: dict[str, tuple[dict[str, Any], str, str]] = {
     "quantised-blocks": ({"tp": 2, "adapter": Adapter(quantise="nf4")},
                          "tp 2 would cut blocks of 64", "write `tp: 1`"),
     "tensor-heads": ({"tp": 4, "model": dense(num_attention_heads=6, hidden_size=72)},
-                     "4 does not divide the model's 6 heads", "write `tp: 2`"),
+                     "4 does not divide the model's 6 heads", "write `whole: [attention]`"),
     "tensor-key-value-heads": (
         {"tp": 4, "model": dense(num_attention_heads=12, num_key_value_heads=6, hidden_size=72)},
-        "4 and the model's 6 key-value heads", "write `tp: 2`"),
+        "4 and the model's 6 key-value heads", "write `whole: [attention]`"),
     "tensor-feed-forward": ({"tp": 4, "model": dense(intermediate_size=98)},
-                            "intermediate_size 98", "write `tp: 2`"),
+                            "intermediate_size 98", "write `whole: [network]`"),
+    "whole-tensor": ({"whole": ("attention",)}, "attention cannot be left whole: tp is 1",
+                     "leave `whole` out"),
+    "whole-context": ({"tp": 2, "cp": 2, "whole": ("attention", "network")},
+                      "does not go with cp 2", "write `whole: [network]`"),
+    "whole-experts": ({"tp": 2, "whole": ("network",), "model": SPARSE},
+                      "a mixture of experts cannot", "leave `whole` out"),
     "tensor-vocabulary": (
         {"tp": 4, "model": decoder_config(new_hf_config("llama", SHAPE, 258))},
         "4 does not divide the vocabulary of 258", "write `tp: 2`"),
@@ -106,8 +112,13 @@ CASES: dict[str, tuple[dict[str, Any], str, str]] = {
                        "write `virtual_stages: 1`"),
     "stage-layers": ({"pp": 2, "stage_layers": (3, 4)}, "[3, 4] are 7 layers",
                      "leave `stage_layers` out"),
+    "replica-rows": ({"dp_replicate": 2, "rows_by_replica": (12, 6)},
+                     "[12, 6] are 18 rows, but the batch has 16",
+                     "write `rows_by_replica: [12, 4]`"),
     "recompute-stages": ({"pp": 2, "recompute_by_stage": ("full",)}, "1 entries, but 2 stages",
                          "leave `recompute_by_stage` out"),
+    "recompute-layers": ({"recompute_by_layer": ("full", "none")}, "2 entries, but 6 layers",
+                         "leave `recompute_by_layer` out"),
     "zero-shards": ({"zero": 2, "dp_replicate": 8}, "dp_shard is 1", "leave `zero` out"),
     "zero-split-backward": ({"pp": 2, "schedule": "zbv", "zero": 3, "dp_shard": 4},
                             "schedule zbv makes weight gradients after", "write `zero: 1`"),
@@ -149,6 +160,26 @@ def test_each_rule_refuses_and_proposes(name: str) -> None:
     assert near is not None and is_legal(near)
 
 
+@pytest.mark.parametrize(
+    ("fields", "says", "fix"),
+    [
+        ({"dp_replicate": 2, "rows_by_replica": (8, 4, 4)}, "rows of 3 replicas, and there are 2",
+         "leave `rows_by_replica` out"),
+        ({"dp_replicate": 2, "rows_by_replica": (10, 6)},
+         "[10, 6] do not share out evenly over dp_shard 4", "write `rows_by_replica: [12, 4]`"),
+        ({"dp_replicate": 2, "rows_by_replica": (16, 0)}, "a replica without rows",
+         "write `rows_by_replica: [12, 4]`"),
+        ({"dp_replicate": 2, "rows_by_replica": (12, 4), "micro_batch": 3},
+         "3 does not divide the 4 rows of a worker", "write `micro_batch: 4`"),
+    ],
+)  # fmt: skip
+def test_rows_of_replicas_that_cannot_be(fields: dict[str, Any], says: str, fix: str) -> None:
+    shards = {"tp": 4, "dp_shard": 1} if "micro_batch" in fields else {}
+    [mistake] = legality_mistakes(candidate(**fields, **shards))
+    assert says in mistake.what
+    assert mistake.fix.startswith(fix)
+
+
 def test_rules_have_names_of_their_own_and_keys_of_the_recipe() -> None:
     from trainwright.recipe.describe import field_at
 
@@ -171,7 +202,10 @@ def test_whatever_is_asked_for_the_proposal_is_legal() -> None:
         "precision": ["bf16", "fp32", "float8"], "optimizer": ["adamw", "muon", *EIGHT_BIT, *PAGED],
         "sequence_length": [96, 100, 64], "rows": [7, 8, 12, 16], "micro_batch": [None, 1, 3],
         "stage_layers": [(), (3, 3), (5, 2)], "recompute_by_stage": [(), ("full", "none")],
+        "recompute_by_layer": [(), (), ("full", 0.5) * 3, ("none",) * 4],
+        "whole": [(), (), ("attention",), ("attention", "network")],
         "dp_shard": [None, 1, 2, 3], "dp_replicate": [None, 1, 2],
+        "rows_by_replica": [(), (), (12, 4), (5, 3), (1, 1, 1)],
         "model": [DENSE, SPARSE, None], "native": [True, True, None, False],
         "has_compiler": [True, False],
     }  # fmt: skip
@@ -181,8 +215,9 @@ def test_whatever_is_asked_for_the_proposal_is_legal() -> None:
         if wish["native"] is False:
             wish["model"] = None
         free = [name for name in ("zero", "virtual_stages") if draw.random() < 0.5]
+        free += ["zero"] if wish["zero"] == 0 else []  # a recipe leaves it out
         free += [name for name in ("dp_shard", "dp_replicate") if wish[name] is None]
-        for name in free:
+        for name in {*free}:
             del wish[name]
         asked = candidate(**wish)
         near = nearest_legal(asked)
@@ -270,8 +305,8 @@ def candidate_of_plan(plan: Plan, model: DecoderConfig) -> Candidate:
     """What a finished plan amounts to."""
     same = (
         *AXES, "zero", "schedule", "virtual_stages", "stage_layers", "cp_method", "offload",
-        "recompute", "recompute_by_stage", "compile", "precision", "optimizer", "sequence_length",
-        "micro_batch", "device",
+        "recompute", "recompute_by_stage", "recompute_by_layer", "compile", "precision",
+        "optimizer", "sequence_length", "micro_batch", "device", "rows_by_replica",
     )  # fmt: skip
     fields = {name: getattr(plan, name) for name in same}
     return Candidate(

@@ -39,6 +39,17 @@ SPARSE = new_hf_config(
     },
     128,
 )  # fmt: skip
+LATENT = new_hf_config(
+    "deepseek_v3",
+    {
+        "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 4, "max_position_embeddings": SEQUENCE,
+        "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8,
+        "v_head_dim": 8, "moe_intermediate_size": 32, "n_routed_experts": 8, "n_group": 4,
+        "topk_group": 2, "num_experts_per_tok": 2, "first_k_dense_replace": 1,
+    },
+    128,
+)  # fmt: skip
 
 PLANS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "replicas": (DENSE, {"dp_replicate": 4}),
@@ -53,6 +64,20 @@ PLANS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "tensor, narrow, alone": (DENSE, {"tp": 4, "precision": "bf16"}),
     "tensor, all recomputed": (DENSE, {"tp": 4, "recompute": "full"}),
     "tensor, some recomputed": (DENSE, {"tp": 4, "recompute": "selective"}),
+    "tensor, recomputed by layer": (
+        DENSE, {"tp": 2, "pp": 2, "recompute_by_layer": ("full", "selective", "none", "none")}),
+    "tensor, whole attention, rows cut": (
+        DENSE, {"tp": 2, "dp_replicate": 2, "whole": ("attention",), "micro_batch": 1}),
+    "tensor, whole attention, all recomputed": (
+        DENSE, {"tp": 2, "dp_replicate": 2, "whole": ("attention",), "micro_batch": 1,
+                "recompute": "full"}),
+    "tensor, whole attention, whole rows": (DENSE, {"tp": 4, "whole": ("attention",)}),
+    "tensor, whole networks, some recomputed": (
+        DENSE, {"tp": 4, "whole": ("network",), "recompute": "selective"}),
+    "tensor, whole blocks of shards": (
+        DENSE, {"tp": 2, "dp_shard": 2, "zero": 3, "whole": ("attention", "network")}),
+    "tensor, whole latent attention": (
+        LATENT, {"tp": 2, "dp_replicate": 2, "whole": ("attention",), "micro_batch": 1}),
     "ring": (DENSE, {"cp": 4}),
     "ring in bf16": (DENSE, {"cp": 4, "precision": "bf16"}),
     "ring, all recomputed": (DENSE, {"cp": 2, "tp": 2, "recompute": "full"}),
@@ -85,12 +110,12 @@ def plan_of(config: DecoderConfig, fields: dict[str, Any]) -> Plan:
     plan = replace(Plan.alone(), world_size=4, sequence_length=SEQUENCE, **fields)
     virtual = 2 if plan.schedule in ("interleaved", "zbv") else 1
     rows = ROWS // plan.data_ranks
-    micro_batches = 4 if plan.pp > 1 else 2
+    micro_batch = fields.get("micro_batch", rows // (4 if plan.pp > 1 else 2))
     plan = replace(
         plan,
         virtual_stages=virtual,
-        micro_batch=rows // micro_batches,
-        accumulation=micro_batches,
+        micro_batch=micro_batch,
+        accumulation=rows // micro_batch,
     )
     layers = split_layers(config, plan.stages) if plan.pp > 1 else ()
     return replace(plan, stage_layers=layers)

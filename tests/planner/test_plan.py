@@ -15,7 +15,7 @@ from trainwright.planner.make import make_plan
 from trainwright.planner.memory import activation_bytes, head_bytes, state_bytes
 from trainwright.planner.plan import Machine, Plan
 from trainwright.recipe.presets import PRESETS
-from trainwright.recipe.schema import Recipe
+from trainwright.recipe.schema import ModelSection, Recipe
 
 GIB = 1 << 30
 LAPTOP = Machine(devices=1, device_kind="cpu", cores=8, memory_bytes=16 * GIB, can_compile=True)
@@ -253,6 +253,24 @@ def test_plans_of_older_releases_are_read() -> None:
     assert plan.batch_sequences == 8
 
 
+def test_unequal_parts_of_a_batch_from_recipe_to_plan_and_back() -> None:
+    """The parts lie one after another and are all of the batch; micro-batches divide each."""
+    parallel = {"workers": 6, "rows_by_replica": [24, 12, 4], "dp_shard": 2}
+    training = {"steps": 1, "batch_sequences": 40}
+    plan = make_plan(recipe_of(training=training, parallel=parallel), LAPTOP)
+    assert (plan.dp_replicate, plan.dp_shard, plan.micro_batch) == (3, 2, 2)
+    assert [plan.accumulation_of(each) for each in range(3)] == [6, 3, 1]
+    assert plan.accumulation == 6
+    parts = [range(40)[plan.rows_of(rank)] for rank in range(6)]
+    assert [len(part) for part in parts] == [12, 12, 6, 6, 2, 2]
+    assert [row for part in parts for row in part] == [*range(40)]
+    moved = replace(plan, ranks=(4, 5, 0, 1, 2, 3))
+    assert Plan.from_json(moved.to_json()) == moved
+    assert len({moved.hash, plan.hash, replace(plan, rows_by_replica=()).hash}) == 3
+    equal = recipe_of(parallel={"workers": 2, "rows_by_replica": [8, 8]})
+    assert make_plan(equal, LAPTOP).rows_by_replica == ()
+
+
 def test_every_dimension_from_recipe_to_plan_and_back() -> None:
     recipe = recipe_of(
         parallel={
@@ -282,6 +300,59 @@ def test_every_dimension_from_recipe_to_plan_and_back() -> None:
     assert rows["recompute"] == "by stage: full none selective none"
     assert "context" not in rows
     assert "experts" not in rows
+
+
+def test_recompute_auto_is_as_little_as_fits_together_with_the_micro_batch() -> None:
+    """A model of 1.2 billion on a GPU of less and less memory."""
+    model = {"family": "llama", "preset": "1b"}
+    config = decoder_config(new_hf_config("llama", PRESETS["llama"]["1b"], 4096))
+
+    def on(gib: int, micro_batch: int | str, **parallel: Any) -> Plan:
+        machine = replace(GPUS, devices=1, memory_bytes=gib * GIB)
+        recipe = recipe_of(
+            model=model,
+            data={"sequence_length": 4096},
+            training={"steps": 1, "batch_sequences": 16, "recompute": "auto"},
+            parallel={"micro_batch": micro_batch, **parallel},
+        )
+        plan = make_plan(recipe, machine, config)
+        held = state_bytes(config, plan).total + plan.micro_batch * activation_bytes(config, plan)
+        assert held < 0.9 * gib * GIB or plan.recompute == "full" or parallel
+        return plan
+
+    roomy, tight = on(80, 8), on(40, 8)
+    assert (roomy.recompute, roomy.recompute_by_layer) == ("none", ())
+    assert set(tight.recompute_by_layer) >= {"full", "selective"}
+    assert (on(24, 8).recompute, on(24, 8).recompute_by_layer) == ("full", ())  # the most there is
+    # Smaller micro-batches spare recomputing, and are searched where the user leaves them open.
+    free = on(40, "auto")
+    assert free.micro_batch < 8 and free.micro_batch * free.accumulation == 16
+    assert "full" not in (free.recompute, *free.recompute_by_layer)
+    own = on(40, 8, recompute_by_layer=["none"] * 16)
+    assert own.recompute_by_layer == ("none",) * 16
+
+
+def test_recompute_auto_needs_a_model_whose_layers_are_known() -> None:
+    recipe = recipe_of(training={"steps": 1, "recompute": "auto"})
+    with pytest.raises(UserError) as caught:
+        make_plan(
+            recipe.model_copy(update={"model": ModelSection(path="some/falcon")}),
+            GPUS,
+            native=False,
+        )
+    [mistake] = caught.value.mistakes
+    assert mistake.key == "training.recompute" and "recompute: full" in mistake.fix
+
+
+def test_recompute_by_layer_from_recipe_to_plan_and_back() -> None:
+    policies = ["full", "full", "selective", "none"]
+    plan = make_plan(recipe_of(parallel={"pp": 2, "recompute_by_layer": policies}), LAPTOP)
+    assert plan.recompute_by_layer == tuple(policies)
+    assert [plan.layer_recompute(layer, layer // 2) for layer in range(4)] == policies
+    assert Plan.from_json(plan.to_json()) == plan
+    config = decoder_config(new_hf_config("llama", PRESETS["llama"]["4m"], 4096))
+    rows = dict(explain_plan(plan, config))
+    assert rows["recompute"] == "by layer: 2 full, 1 selective, 1 none"
 
 
 @pytest.mark.parametrize(

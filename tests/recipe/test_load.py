@@ -169,6 +169,7 @@ def test_paths_count_from_where_they_are_written(
 model: {path: org/model}
 tokenizer: org/other
 run_directory: out
+cluster: machines/gpus.yaml
 training: {steps: 1}
 data:
   cache: cache
@@ -187,6 +188,7 @@ data:
     assert recipe.tokenizer is not None
     assert recipe.tokenizer.path == "org/other"  # no such directory: a name on the hub
     assert recipe.run_directory == elsewhere / "out"
+    assert recipe.cluster == folder / "machines" / "gpus.yaml"
     assert recipe.data.cache == folder / "cache"
     assert [source.path for source in recipe.data.sources] == [
         str(tmp_path / "texts" / "*.txt"),
@@ -231,6 +233,43 @@ def test_a_dumped_recipe_loads_to_an_equal_one(tmp_path: Path) -> None:
     assert different_keys(recipe, again) == []
     assert again.training.gradient_clip is None
     assert dump_recipe(again) == dump_recipe(recipe)
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "searched"),
+    [
+        ("", (), True),
+        ("parallel: auto\n", (), True),
+        ("parallel: {workers: 2, micro_batch: 4, threads: 1}\n", (), True),
+        ("parallel: {tp: 1}\n", (), False),  # given, though it is the default
+        ("parallel: {workers: 2, schedule: 1f1b}\n", (), False),
+        ("parallel: {dp_shard: 2}\n", ("parallel=auto",), True),
+        ("", ("parallel.zero=1",), False),
+        ("parallel: auto\n", ("parallel.workers=2",), True),
+        ("parallel: auto\n", ("parallel.pp=2",), False),
+        ("", ("parallel=auto", "parallel.threads=2"), True),
+    ],
+)
+def test_a_layout_is_searched_until_one_of_its_keys_is_given(
+    recipe_file: Path, text: str, overrides: tuple[str, ...], searched: bool
+) -> None:
+    recipe = loaded(recipe_file, BASE + text, *overrides)
+    assert recipe.parallel.is_searched is searched
+    # What is written out says the same when it is read again.
+    again = load_recipe(recipe_file, text=dump_recipe(recipe))
+    assert again == recipe
+    assert again.parallel.is_searched is searched
+    assert Recipe.model_validate(recipe.model_dump(mode="json")).parallel.is_searched is searched
+    changed = recipe.parallel.model_copy(update={"dp_shard": 2})
+    assert not changed.is_searched
+
+
+def test_words_for_a_section_are_its_own_only(recipe_file: Path) -> None:
+    with pytest.raises(UserError, match="`auto`") as caught:
+        loaded(recipe_file, BASE + "parallel: fast\n")
+    assert [mistake.key for mistake in caught.value.mistakes] == ["parallel"]
+    with pytest.raises(UserError):
+        loaded(recipe_file, BASE + "checkpoint: auto\n")
 
 
 def test_different_keys_name_what_differs(recipe_file: Path) -> None:

@@ -61,7 +61,7 @@ CASES: dict[str, tuple[str, str, int, str, list[str]]] = {
     ),
     "recompute, neither a name nor a share": (
         "  steps: 10", "  steps: 10\n  recompute: 1.5", 12, "training.recompute",
-        ["expected `none`, `full`, `selective` or a number from 0 to 1", "found `1.5`"],
+        ["expected `none`, `full`, `selective`, a number from 0 to 1 or `auto`", "found `1.5`"],
     ),
     "recompute of a stage": (
         "schedule: cosine", "schedule: cosine\nparallel: {recompute_by_stage: [full, all]}", 17,

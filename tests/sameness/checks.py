@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -71,9 +72,11 @@ def plan_of(world: int, **fields: Any) -> Plan:
     plan = replace(
         Plan.alone("cpu"), world_size=world, sequence_length=SEQUENCE, optimizer="adamw", **fields
     )
-    own = ROWS // plan.data_ranks
-    count = fields.get("accumulation", min(own, 2 * plan.pp))
-    return replace(plan, micro_batch=own // count, accumulation=count)
+    by_replica = plan.rows_by_replica or (ROWS // plan.dp_replicate,)
+    own = [rows // plan.dp_shard for rows in by_replica]
+    unit = math.gcd(*own)
+    micro_batch = unit // fields.get("accumulation", min(unit, 2 * plan.pp))
+    return replace(plan, micro_batch=micro_batch, accumulation=max(own) // micro_batch)
 
 
 def check(

@@ -13,12 +13,14 @@ import torch
 import torch.distributed as dist
 
 from tests.sameness.checks import replaced
+from trainwright.comm.collectives import gather_plain
 from trainwright.kernels import cross_entropy
 from trainwright.models.decoder import Block, Trunk
 from trainwright.models.output_head import OutputHead
 from trainwright.models.router_balance import RouterBalance
-from trainwright.parallel import gradients, spread
+from trainwright.parallel import gradients, own_queries, spread
 from trainwright.parallel.context import ContextParallel
+from trainwright.parallel.own_queries import OwnQueries
 from trainwright.parallel.pipeline import Pipeline
 from trainwright.parallel.replicas import ReplicaGradients
 from trainwright.parallel.spread import SpreadModel
@@ -99,6 +101,28 @@ def rotary_positions_are_off_under_cp(plan: Plan) -> Iterator[None]:
 
 
 @fault
+def own_queries_turn_by_the_first_workers_positions(plan: Plan) -> Iterator[None]:
+    def first(self: OwnQueries, table: torch.Tensor, rows: int) -> torch.Tensor:
+        whole = table.expand(rows, *table.shape[1:])
+        return whole.flatten(0, 1).chunk(plan.tp)[0].unflatten(0, (rows, -1))
+
+    with replaced(OwnQueries, "own", first):
+        yield
+
+
+@fault
+def gathered_keys_keep_the_own_queries_gradients_only(plan: Plan) -> Iterator[None]:
+    def gather(x: torch.Tensor, dim: int, group: Any) -> torch.Tensor:
+        whole = gather_plain(x.detach(), dim, group)
+        parts = list(whole.chunk(dist.get_world_size(group), dim))
+        parts[dist.get_rank(group)] = x
+        return torch.cat(parts, dim)
+
+    with replaced(own_queries, "gather", gather):
+        yield
+
+
+@fault
 def a_document_border_leaks(plan: Plan) -> Iterator[None]:
     mask = ContextParallel.mask
 
@@ -118,6 +142,19 @@ def the_loss_is_divided_by_each_ranks_own_weight(plan: Plan) -> Iterator[None]:
         return train(model, objective, tensors, {"targets": 1 / (own * plan.data_ranks)})
 
     with replaced(step, "train_micro_batches", divided):
+        yield
+
+
+@fault
+def replicas_begin_where_equal_parts_would(plan: Plan) -> Iterator[None]:
+    rows_of = Plan.rows_of
+
+    def beginning(self: Plan, data_rank: int) -> slice:
+        own = rows_of(self, data_rank)
+        first = data_rank * self.batch_sequences // self.data_ranks
+        return slice(first, first + own.stop - own.start)
+
+    with replaced(Plan, "rows_of", beginning):
         yield
 
 

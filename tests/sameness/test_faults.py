@@ -26,8 +26,20 @@ CASES = {
     "shards_gradients_are_averaged": (PLAIN, {"dp_shard": 2, "zero": 2}),
     "a_tied_gradient_is_not_shared": (TIED, {"pp": 2, "stage_layers": (4, 4)}),
     "rotary_positions_are_off_under_cp": (PLAIN, {"cp": 2}),
+    "own_queries_turn_by_the_first_workers_positions": (
+        PLAIN,
+        {"tp": 2, "whole": ("attention",), "accumulation": 16},
+    ),
+    "gathered_keys_keep_the_own_queries_gradients_only": (
+        PLAIN,
+        {"tp": 2, "whole": ("attention",), "accumulation": 16},
+    ),
     "a_document_border_leaks": (PLAIN, {"cp": 2, "cp_method": "all_gather"}),
     "the_loss_is_divided_by_each_ranks_own_weight": (PLAIN, {"dp_shard": 2, "zero": 3}),
+    "replicas_begin_where_equal_parts_would": (
+        PLAIN,
+        {"dp_replicate": 2, "rows_by_replica": (12, 4)},
+    ),
     "each_stage_clips_by_its_own_norm": (PLAIN, {"pp": 2, "stage_layers": (4, 4)}),
     "an_experts_gradient_is_scaled_by_ep": (MIXTURE, {"dp_shard": 2, "ep": 2, "zero": 3}),
     "a_stages_layer_is_applied_twice": (PLAIN, {"pp": 2, "stage_layers": (7, 1)}),

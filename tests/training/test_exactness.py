@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.training.runs import SHAPE, Recorder, assemble_here, small_recipe, train_here
+from tests.training.tuning import AskToStop
 from tests.workers import run_on
 from trainwright.data.prepare import open_data
 from trainwright.optim.schedules import learning_rate
@@ -36,6 +37,17 @@ VARIANTS = {
     "2 tensor parallel": (2, {"parallel": {"workers": 2, "tp": 2, "micro_batch": 4}}),
     "2 context parallel": (2, {"parallel": {"workers": 2, "cp": 2, "micro_batch": 4}}),
     "2 stages": (2, {"parallel": {"workers": 2, "pp": 2, "micro_batch": 2}}),
+    "2 stages, recompute by layer": (
+        2,
+        {
+            "parallel": {
+                "workers": 2,
+                "pp": 2,
+                "recompute_by_layer": ["full", "selective"],
+                "micro_batch": 2,
+            }
+        },
+    ),
     "2 stages, zero bubble, tensor parallel": (
         4,
         {
@@ -56,6 +68,14 @@ VARIANTS = {
     "2 shards, offloaded optimizer": (
         2,
         {"parallel": {"workers": 2, "dp_shard": 2, "offload": "optimizer", "micro_batch": 4}},
+    ),
+    "replicas of 6 and 2 rows": (
+        2,
+        {"parallel": {"workers": 2, "rows_by_replica": [6, 2], "micro_batch": 2}},
+    ),
+    "pipelines of 3 and 5 rows": (
+        4,
+        {"parallel": {"workers": 4, "rows_by_replica": [3, 5], "pp": 2, "micro_batch": 1}},
     ),
     "4 shards, uneven": (4, {"parallel": {"workers": 4, "dp_shard": 4, "micro_batch": 1}}),
 }
@@ -87,6 +107,29 @@ def test_every_layout_trains_as_one_process_does(name, plain, tmp_path):
     assert got.losses[0] == pytest.approx(plain.losses[0], rel=1e-6)
     assert got.norms[0] == pytest.approx(plain.norms[0], rel=1e-5)
     assert got.losses == pytest.approx(plain.losses, rel=1e-5)
+
+
+def train_half(folder: str, sections: dict) -> Recorder:
+    """The first ten steps, then stopped as by a signal, with a checkpoint."""
+    assembled = assemble_here(small_recipe(Path(folder), model={"config": EVEN}, **sections))
+    trainer, recorder = assembled.trainer, Recorder()
+    trainer.hooks = [recorder, AskToStop(trainer, 10), *trainer.hooks]
+    assembled.close(trainer.run())
+    return recorder
+
+
+@pytest.mark.parametrize("parts", [[[6, 2], None], [[3, 5], [7, 1]], [None, [2, 6]]])
+def test_a_run_goes_on_with_other_parts_of_a_batch(parts, plain, tmp_path):
+    """None is one process."""
+    small_recipe(tmp_path)
+    done = []
+    for half, rows in zip((train_half, train_variant), parts, strict=True):
+        workers = 1 if rows is None else 2
+        sections = {"parallel": {"workers": workers, "rows_by_replica": rows, "micro_batch": 1}}
+        done.append(run_on(workers, half, str(tmp_path), sections)[0])
+    assert [len(each.losses) for each in done] == [10, 10]
+    assert done[0].hashes + done[1].hashes == plain.hashes
+    assert done[0].losses + done[1].losses == pytest.approx(plain.losses, rel=1e-5)
 
 
 @pytest.mark.parametrize("shards", [1, 2])

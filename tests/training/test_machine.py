@@ -160,7 +160,7 @@ def test_git_state_of_a_repository(tmp_path):
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
         ("NVIDIA GeForce RTX 4090 D", None),
         ("NVIDIA L40", None),
-        ("NVIDIA GB200", None),
+        ("NVIDIA GB200", 2500e12),
         ("Tesla T4", None),
     ],
 )

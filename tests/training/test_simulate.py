@@ -33,6 +33,11 @@ MANY: dict[str, dict[str, Any]] = {
     },
     "a pipeline": {
         "pp": 4, "dp_shard": 32, "tp": 4, "zero": 2, "accumulation": 4, "recompute": "full"},
+    # Rank 300 is of the third replica, which has four micro-batches where the others have fewer.
+    "replicas of unequal parts": {
+        "dp_replicate": 4, "dp_shard": 32, "tp": 4, "zero": 3, "accumulation": 4,
+        "rows_by_replica": (64, 32, 128, 32),
+    },
 }  # fmt: skip
 
 
@@ -94,7 +99,7 @@ def simulated(
 
 def test_a_rank_of_512_sends_what_the_formulas_say(tmp_path):
     plans = [plan_of(512, **fields) for fields in MANY.values()]
-    found = simulated(tmp_path, plans, [0, 511, 300])
+    found = simulated(tmp_path, plans, [0, 511, 300, 300])
     for name, done in zip(MANY, found, strict=True):
         assert done["equal"], (name, done["wrong"])
     assert [*found[0]["lines"]] == [

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from trainwright.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -19,6 +22,10 @@ Examples:
   trainwright doctor --quick
 
   trainwright doctor --json > machine.json
+
+  trainwright doctor --calibrate
+
+  trainwright doctor --calibrate recipe.yaml
 """
 
 SIGNS = {
@@ -30,12 +37,32 @@ SIGNS = {
 
 
 def doctor(
+    recipe: Annotated[
+        Path | None,
+        typer.Argument(help="With --calibrate: a recipe whose shapes are measured first."),
+    ] = None,
     quick: Annotated[
         bool, typer.Option("--quick", help="Leave out what takes seconds: measuring, compiling.")
+    ] = False,
+    calibrate: Annotated[
+        bool,
+        typer.Option(
+            "--calibrate",
+            help="Measure kernels and collectives for the planner, in under five minutes, and keep "
+            "them. Interrupted, it goes on where it was the next time.",
+        ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Look this machine over for training, and measure it. Exit code 1 if it cannot train."""
+    if calibrate:
+        calibrate_machine(recipe, as_json)
+        return
+    if recipe is not None:
+        raise UserError(
+            "a recipe is of use to `--calibrate` only",
+            fix="write `trainwright doctor --calibrate RECIPE`",
+        )
     import json
     from dataclasses import asdict
 
@@ -59,6 +86,42 @@ def doctor(
         show(findings, fit, console)
     if not fit:
         raise typer.Exit(1)
+
+
+def calibrate_machine(recipe: Path | None, as_json: bool) -> None:
+    """Measure what the planner wants to know of this machine, and keep it."""
+    import json
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from trainwright.planner.cluster.calibration import calibration_folder
+    from trainwright.planner.cluster.this_machine import this_machine
+    from trainwright.report.tables import rate_text
+    from trainwright.training.calibration import calibrate, job_of, obstacles
+    from trainwright.training.machine import detect_machine
+
+    console, waiting = Console(highlight=False), Console(stderr=True)
+    machine, wanted = detect_machine(), job_of(recipe)
+    for words in obstacles():
+        waiting.print(f"{SIGNS['note']} {words}")
+    try:
+        with waiting.status("starting; this takes up to five minutes") as status:
+            found = calibrate(machine, *wanted, say=status.update)
+    except KeyboardInterrupt:
+        waiting.print("Interrupted; what was measured is kept. The same command goes on.")
+        raise typer.Exit(130) from None
+    if as_json:
+        typer.echo(json.dumps(asdict(found), indent=2))
+        return
+    for crowd in found.crowds:
+        device = this_machine(machine, found, workers=crowd.workers).pools[0].device
+        rates = (f"{name} {rate_text(rate, 'FLOP/s')}" for name, rate in device.peak_flops.items())
+        console.print(
+            f"{crowd.workers} at once: {len(crowd.samples)} measurements; products "
+            f"{', '.join(rates)}; memory {rate_text(device.memory_bandwidth, 'B/s')}"
+        )
+    console.print(f"kept in {calibration_folder() / found.fingerprint}.json", soft_wrap=True)
 
 
 def show(findings: list[Finding], fit: bool, console: Console) -> None:

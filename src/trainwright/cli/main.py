@@ -19,6 +19,7 @@ from trainwright.cli.evaluate import evaluate
 from trainwright.cli.export import export
 from trainwright.cli.generate import chat, generate
 from trainwright.cli.importing import import_
+from trainwright.cli.plan import plan
 from trainwright.cli.recipes import init, validate
 from trainwright.cli.report import report
 from trainwright.cli.serve import serve
@@ -31,7 +32,7 @@ USER_MISTAKE, INTERRUPTED = 2, 130
 # Verbs as `--help` lists them, by panel.
 VERBS: dict[str, tuple[Callable[..., None], ...]] = {
     "Recipe": (init, import_, validate, data),
-    "Training": (train, evaluate, report, verify),
+    "Training": (plan, train, evaluate, report, verify),
     "Model": (generate, chat, serve, export),
     "Machine": (doctor,),
 }

@@ -150,22 +150,28 @@ def _print_summary(recipe: Recipe, console: Console) -> None:
     from rich.table import Table
 
     from trainwright.planner.budget import memory_budget
-    from trainwright.planner.explain import advice_lines, explain_plan, memory_lines
+    from trainwright.planner.choose import choose_plan
+    from trainwright.planner.cluster.load import load_cluster
+    from trainwright.planner.explain import advice_lines, explain_plan, foretold, memory_lines
     from trainwright.planner.known_model import known_config
-    from trainwright.planner.make import asked_workers, cluster_of, make_plan, memory_advice
+    from trainwright.planner.make import asked_workers, cluster_of, machine_of, memory_advice
     from trainwright.training.machine import detect_machine
 
     config = known_config(recipe.model, recipe.tokenizer, recipe.objective)
     machine = detect_machine()
     asked = asked_workers(recipe.parallel) if recipe.parallel.workers == "auto" else 0
     elsewhere = asked > max(machine.devices, 8 * machine.cores) and not machine.launched
-    if elsewhere:
+    if recipe.cluster is not None and not machine.launched:
+        machine, elsewhere = machine_of(load_cluster(recipe.cluster)), False
+    elif elsewhere:
         machine = cluster_of(asked)
-    plan = make_plan(recipe, machine, config)
+    choice = choose_plan(recipe, machine, config)
+    plan = choice.plan
     rows = [("model", _model(recipe)), ("data", _data(recipe)), ("length", _length(recipe))]
     table = Table(box=None, show_header=False)
     budget = None if config is None else memory_budget(recipe, plan, config, machine)
-    for name, value in [*rows, *explain_plan(plan, config, budget)]:
+    rows += [("plan", choice.reason), *explain_plan(plan, config, budget)]
+    for name, value in [*rows, *foretold(choice.prediction)]:
         if name != "memory":  # told line by line below
             table.add_row(name, escape(value))
     console.print(f"[bold]{recipe.name}[/bold]: nothing is wrong with the recipe.")

@@ -15,6 +15,8 @@ Examples:
 
   trainwright train recipe.yaml training.steps=200 parallel.workers=2
 
+  trainwright train recipe.yaml --tune 4
+
   torchrun --nproc-per-node 8 -m trainwright train recipe.yaml
 
 The same command continues a run that was stopped.
@@ -30,6 +32,16 @@ def train(
         int | None,
         typer.Option(help="Go on from this saved step; newer ones are set aside, not deleted."),
     ] = None,
+    tune: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            metavar="K",
+            help="Try the K plans predicted to be best for a few steps each, and follow the "
+            "quickest.",
+            show_default=False,
+        ),
+    ] = 0,
     verbose: Annotated[
         bool,
         typer.Option(
@@ -51,6 +63,7 @@ def train(
             say=lambda text: console.print(text, markup=False, soft_wrap=True),
             from_step=from_step,
             verbose=verbose,
+            tune=tune,
         )
     except RunInterrupted as stopped:
         command = shlex.join(["trainwright", "train", str(recipe), *(overrides or [])])

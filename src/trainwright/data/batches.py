@@ -123,6 +123,7 @@ class PackingFigures:
     filled: float  # share of positions that are not padding
     longest: int  # tokens of the longest document
     split: int  # documents that stand in more than one row
+    visible: float  # share of the rows' causal squares that lies within documents
 
 
 @dataclass(frozen=True)
@@ -228,14 +229,16 @@ class Batches:
     def packing_figures(self) -> PackingFigures:
         """Figures of the first epoch's packing; the others' differ in order only."""
         shares = (1.0,) if self.interleaving is None else self.interleaving.shares
-        filled, split, longest = 0.0, 0, 0
+        filled, visible, split, longest = 0.0, 0.0, 0, 0
         for share, stream in zip(shares, self.streams, strict=True):
             layout = stream.layout(0)
             filled += share * float(layout.length.sum()) / (layout.rows * self.sequence_length)
+            squares = float(np.square(layout.length, dtype=np.float64).sum())
+            visible += share * squares / (layout.rows * self.sequence_length**2)
             runs = np.bincount(layout.document, minlength=stream.corpus.documents)
             split += int((runs > stream.passes).sum())
             longest = max(longest, int(stream.corpus.lengths.max()))
-        return PackingFigures(self.rows_per_epoch, filled, longest, split)
+        return PackingFigures(self.rows_per_epoch, filled, longest, split, visible)
 
     def listed(self, count: int) -> list[ListedDocument]:
         """The first `count` documents, source by source, in the order of their sources."""

@@ -75,6 +75,25 @@ class StreamCut(Protocol):
         """This worker's part of what there is for each token [batch, sequence, …]."""
 
 
+class Queries(Protocol):
+    """Attention of a worker's own part of such a stream; see `parallel.own_queries`."""
+
+    def own(self, table: Tensor, rows: int) -> Tensor:
+        """This worker's part of what [rows or 1, sequence, …] has for every token."""
+
+    def mask(
+        self,
+        segments: Tensor | None,
+        *,
+        rows: int,
+        sequence: int,
+        window: int | None,
+        softcap: float | None,
+        device: torch.device,
+    ) -> Any:
+        """What every layer's `attend` is given as its mask; segments are whole rows'."""
+
+
 # Where a block normalises, by Hugging Face's names: before and after attention, before and after
 # the feed-forward network. `post_attention_layernorm` stands before the latter in "pre".
 NORMS: dict[str, tuple[str | None, str | None, str | None, str | None]] = {
@@ -166,6 +185,7 @@ class Trunk(nn.Module):
         self.ropes = {spec: Rope(spec) for spec in config.layer_ropes if spec is not None}
         self.context: Context | None = None  # rows cut over workers, set by parallel.context
         self.stream: StreamCut | None = None  # the stream cut over workers, by parallel.tensor
+        self.own_queries: Queries | None = None  # where such a cut leaves attention whole
         self.dropout = 0.0
         self.adapter_dropout = False
         self.noise = 0.0  # NEFTune's alpha
@@ -182,6 +202,7 @@ class Trunk(nn.Module):
         """The last hidden states, or the stream after the last layer that is here."""
         config, device = self.config, input_ids.device
         context = self.context if cache is None else None
+        queries = self.own_queries if cache is None else None
         if self.stream is not None:
             self.stream.sequence = cache is None
         past = cache.length if cache is not None else 0
@@ -215,6 +236,16 @@ class Trunk(nn.Module):
                     device=device,
                 )
                 continue
+            if queries is not None:
+                masks[window] = queries.mask(
+                    segment_ids,
+                    rows=input_ids.shape[0],
+                    sequence=tokens,
+                    window=window,
+                    softcap=config.attention_softcap,
+                    device=device,
+                )
+                continue
             keys = visible(past + tokens, tokens, window)
             masks[window] = attention_mask(
                 None if segment_ids is None else segment_ids[:, -keys:],
@@ -227,6 +258,12 @@ class Trunk(nn.Module):
         if context is not None:
             slots = context.slots(tokens, device)
             tables = {spec: (cos[:, slots], sin[:, slots]) for spec, (cos, sin) in tables.items()}
+        if queries is not None:
+            rows = input_ids.shape[0]
+            tables = {
+                spec: (queries.own(cos, rows), queries.own(sin, rows))
+                for spec, (cos, sin) in tables.items()
+            }
         for name, block in self.layers.items():
             layer = int(name)
             cos, sin = tables[config.layer_ropes[layer]]

@@ -77,6 +77,7 @@ class DecoderConfig:
     experts: ExpertsSpec | None  # in the layers that it names
     latent: LatentSpec | None  # attention through latent vectors, in all layers
     hf: Mapping[str, Any] = field(compare=False, repr=False)
+    gated: bool = True  # False: no gate; only costs of others' models are counted with it
 
     @property
     def depends_on_length(self) -> bool:

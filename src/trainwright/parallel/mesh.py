@@ -60,10 +60,12 @@ class Mesh:
         )
         if math.prod(shape) != world.size:
             raise ValueError(f"a grid of {shape} needs {math.prod(shape)} workers: {world.size}")
-        self._grid = np.arange(world.size).reshape(shape)
-        self._place = dict(
-            zip(GRID, np.unravel_index(world.rank, shape), strict=True)  # type: ignore[arg-type]
-        )
+        self._grid = np.array(plan.ranks or range(world.size)).reshape(shape)
+        # torch numbers the members of a group by their ranks, so those that cut something among
+        # themselves must stand in that order; pipelines and replicas may stand in any.
+        if (np.diff(self._grid.reshape(*shape[:2], -1)) < 0).any():
+            raise ValueError(f"ranks descend within a replica's stage: {plan.ranks}")
+        self._place = dict(zip(GRID, np.argwhere(self._grid == world.rank)[0], strict=True))
         self._own: dict[str, dist.ProcessGroup | None] = {}
         for name, axes in SPANS.items():
             self._own[name] = (

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from trainwright.models.decoder import Context, Decoder, Span
 from trainwright.models.fallback import FallbackModel
 from trainwright.models.pieces import Piece
-from trainwright.parallel import context
+from trainwright.parallel import context, own_queries
 from trainwright.parallel.expert import cut_experts
 from trainwright.parallel.gradients import gradient_norm, sum_partial
 from trainwright.parallel.mesh import Mesh, build_mesh
@@ -164,8 +164,9 @@ def spread(build: Build, plan: Plan, world: World, fill: Callable[[Model], None]
             _cut(part, plan, mesh)
             pieces.update(part.pieces)
         blocks = list(part.blocks)
-        for block in blocks:
-            _recompute(block, plan, stage)
+        first = part.span.first if isinstance(part, Decoder) else 0
+        for layer, block in enumerate(blocks, first):
+            recompute_block(block, plan.layer_recompute(layer, stage))
         if plan.compile:
             for block in blocks:
                 block.compile()
@@ -215,15 +216,11 @@ def _cut(part: Decoder, plan: Plan, mesh: Mesh) -> None:
         cut_experts(part, mesh)
     tensor_group, context_group = mesh.group("tp"), mesh.group("cp")
     if tensor_group is not None:
-        cut_tensors(part, tensor_group)
+        stream = cut_tensors(part, tensor_group, plan.whole)
+        if "attention" in plan.whole:
+            own_queries.install(part, stream)
     if context_group is not None:
         context.install(part, plan.cp_method, context_group)
-
-
-def _recompute(block: nn.Module, plan: Plan, stage: int) -> None:
-    policy = plan.stage_recompute(stage)
-    if policy != "none":
-        recompute_block(block, policy)
 
 
 def _materialise(part: Model, plan: Plan, world: World, fill: Callable[[Model], None]) -> None:

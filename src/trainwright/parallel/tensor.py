@@ -4,6 +4,9 @@ Between the blocks every worker has an equal part of the micro-batch's tokens; e
 the feed-forward network they are gathered, leaving them they are summed and cut again. Inside,
 each worker has some of the heads and some of the feed-forward channels. Vocabularies are cut too.
 
+What the plan leaves `whole` is not cut: there each worker works on its own tokens alone
+(`parallel.own_queries` for attention), with all heads or channels.
+
 Weights become plain parameters of a smaller shape under their own names, noted as `Piece`s. What
 stays whole on every worker (norms, biases that are added once, key-value heads that are fewer than
 the workers) sees only a part of the tokens or heads on each, so its gradient is `partial`.
@@ -11,7 +14,7 @@ the workers) sees only a part of the tokens or heads on each, so its gradient is
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -77,10 +80,11 @@ class CutStream:
         return tokens.reshape(rows * self.workers, columns // self.workers, *rest)
 
 
-def cut_tensors(model: Decoder, group: dist.ProcessGroup) -> None:
-    """Cut `model`, still on meta, over the workers of `group`.
+def cut_tensors(model: Decoder, group: dist.ProcessGroup, whole: Collection[str] = ()) -> CutStream:
+    """Cut `model`, still on meta, over the workers of `group`; the stream's cut.
 
-    Which shapes can be cut is the planner's to say.
+    Of every block the parts named in `whole` ("attention", "network") stay as they are. Which
+    shapes can be cut is the planner's to say.
     """
     stream = CutStream(group)
     model.model.stream = stream
@@ -91,14 +95,17 @@ def cut_tensors(model: Decoder, group: dist.ProcessGroup) -> None:
     for number, block in model.model.layers.items():
         assert isinstance(block, Block)
         prefix = f"model.layers.{number}"
-        CUTTERS[type(block.self_attn)](model, f"{prefix}.self_attn", block.self_attn, stream)
-        CUTTERS[type(block.mlp)](model, f"{prefix}.mlp", block.mlp, stream)
+        if "attention" not in whole:
+            CUTTERS[type(block.self_attn)](model, f"{prefix}.self_attn", block.self_attn, stream)
+        if "network" not in whole:
+            CUTTERS[type(block.mlp)](model, f"{prefix}.mlp", block.mlp, stream)
     for name, parameter in model.named_parameters():
         piece = model.pieces.get(name) or whole_piece(parameter.shape)
         if not piece.cuts("tp"):
             model.pieces[name] = Piece(
                 piece.whole, piece.offsets, piece.axes, partial=True, expert=piece.expert
             )
+    return stream
 
 
 def _cut_attention(model: Decoder, prefix: str, module: nn.Module, stream: CutStream) -> None:

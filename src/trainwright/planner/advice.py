@@ -64,8 +64,8 @@ def advise(
     result (shorter rows, an adapter in place of the whole model) comes only where nothing else
     helps. `estimate` raises UserError for a recipe that cannot be planned.
     """
-    gentle = list(_gentle(recipe, plan))
-    every = [*gentle, *_drastic(recipe)]
+    gentle = list(gentle_changes(recipe, plan))
+    every = [*gentle, *drastic_changes(recipe)]
     for changes, size in itertools.product((gentle, every), (1, 2, 3)):
         if changes is gentle and size == 3:
             continue
@@ -109,7 +109,7 @@ def _different(found: list[Advice]) -> list[Advice]:
     return list(seen.values())
 
 
-def _gentle(recipe: Recipe, plan: Plan) -> Iterator[Change]:
+def gentle_changes(recipe: Recipe, plan: Plan) -> Iterator[Change]:
     """Changes with which the run learns the same, or nearly, on the same global batch."""
     for rows in divisors(plan.micro_batch * plan.accumulation):
         if rows < plan.micro_batch:
@@ -119,10 +119,12 @@ def _gentle(recipe: Recipe, plan: Plan) -> Iterator[Change]:
         yield Change({"objective.cache_reference": True}, 0.01)
     yield from _sharding(recipe, plan)
     yield from _optimizers(recipe, plan)
-    if not recipe.parallel.recompute_by_stage:
-        costs = {"selective": 0.1, "full": 0.3}
+    if not (recipe.parallel.recompute_by_stage or recipe.parallel.recompute_by_layer):
+        costs = {"selective": 0.1, "auto": 0.15, "full": 0.3}
         if recipe.training.recompute != "none":
             costs.pop("selective")
+        if recipe.training.recompute == "auto":
+            costs.pop("auto")
         if recipe.training.recompute != "full":
             yield from (Change({"training.recompute": name}, cost) for name, cost in costs.items())
     if plan.device == "cuda" and not plan.activation_offload:
@@ -159,7 +161,7 @@ def _optimizers(recipe: Recipe, plan: Plan) -> Iterator[Change]:
         yield Change({"parallel.offload": "parameters"}, 0.7)
 
 
-def _drastic(recipe: Recipe) -> Iterator[Change]:
+def drastic_changes(recipe: Recipe) -> Iterator[Change]:
     """Changes with which the run learns something else."""
     length = recipe.data.sequence_length
     for share in (2, 4):

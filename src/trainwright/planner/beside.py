@@ -45,6 +45,16 @@ def beside_of(
     return None
 
 
+def own_passes(objective: Objective, *, adapted: bool) -> int:
+    """Further forward passes of the trained model itself a step: 1 as its own reference, else 0.
+
+    Without its adapter it is what it was; scores that were taken once before the run need none.
+    """
+    named = objective.teacher or objective.reference
+    own = objective.needs_reference and adapted and named is None
+    return int(own and not objective.cache_reference)
+
+
 def plan_beside(plan: Plan, config: DecoderConfig | None) -> Plan:
     """The plan of the model beside: stages of its own layers, and experts where it has as many."""
     layers, ep = plan.stage_layers, plan.ep

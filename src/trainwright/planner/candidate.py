@@ -47,9 +47,11 @@ class Candidate:
     virtual_stages: int = 1
     stage_layers: tuple[int, ...] = ()  # () is derived: as even as can be
     cp_method: ContextMethod = "ring"
+    whole: tuple[str, ...] = ()  # parts of a block that tp does not cut
     offload: Offload = "none"
     recompute: Recompute = "none"
     recompute_by_stage: tuple[Recompute, ...] = ()
+    recompute_by_layer: tuple[Recompute, ...] = ()
     dropout: float = 0.0
     neftune_alpha: float = 0.0
     adapter: Adapter | None = None
@@ -69,6 +71,7 @@ class Candidate:
     model: DecoderConfig | None = None
     native: bool | None = None  # one of our families; False runs transformers' own class
     derived: frozenset[str] = frozenset()  # fields that follow from the others
+    rows_by_replica: tuple[int, ...] = ()  # () shares them out evenly
 
     @property
     def data_ranks(self) -> int:
@@ -92,28 +95,31 @@ class Candidate:
 
     @property
     def recomputes(self) -> tuple[Recompute, ...]:
-        """Every recompute policy that some stage follows."""
-        return self.recompute_by_stage or (self.recompute,)
+        """Every recompute policy that some layer follows."""
+        return self.recompute_by_layer or self.recompute_by_stage or (self.recompute,)
 
     @property
-    def own_rows(self) -> int | None:
-        """Rows of a step on each of the data ranks, where they share out evenly."""
-        if self.rows is None or self.rows % self.data_ranks:
-            return None
-        return self.rows // self.data_ranks
+    def own_rows(self) -> tuple[int, ...]:
+        """Rows of a step on a data rank of each replica; () where they do not share out."""
+        if self.rows is None:
+            return ()
+        if self.rows_by_replica:
+            whole = all(rows % self.dp_shard == 0 for rows in self.rows_by_replica)
+            return tuple(rows // self.dp_shard for rows in self.rows_by_replica) if whole else ()
+        own, rest = divmod(self.rows, self.data_ranks)
+        return () if rest else (own,) * self.dp_replicate
 
     @property
-    def most_micro_batches(self) -> int | None:
-        """Micro-batches a step: as the micro-batch says, or as many as there can be."""
-        own = self.own_rows
-        return None if own is None else own // (self.micro_batch or 1)
+    def fewest_micro_batches(self) -> int | None:
+        """Micro-batches a step, where a replica has the fewest rows; of one row if none is said."""
+        return min(self.own_rows) // (self.micro_batch or 1) if self.own_rows else None
 
     def plan(self, *, threads: int, compile: bool, **fields: Any) -> Plan:
         """The Plan of this candidate, which is legal and whose rows and device are known.
 
         Micro-batches are of one row where nothing is said; `fields` are the plan's other ones.
         """
-        assert self.own_rows is not None and self.sequence_length is not None
+        assert self.own_rows and self.sequence_length is not None
         micro_batch, layers = self.micro_batch or 1, self.stage_layers
         if self.pp > 1 and not layers and self.model is not None:
             layers = split_layers(self.model, self.stages)
@@ -122,7 +128,7 @@ class Candidate:
             dp_replicate=self.dp_replicate,
             dp_shard=self.dp_shard,
             micro_batch=micro_batch,
-            accumulation=self.own_rows // micro_batch,
+            accumulation=max(self.own_rows) // micro_batch,
             threads=threads,
             precision=self.precision,
             recompute=self.recompute,
@@ -139,8 +145,11 @@ class Candidate:
             virtual_stages=self.virtual_stages,
             stage_layers=layers,
             cp_method=self.cp_method,
+            whole=self.whole,
             offload=self.offload,
             recompute_by_stage=self.recompute_by_stage,
+            recompute_by_layer=self.recompute_by_layer,
+            rows_by_replica=self.rows_by_replica if len(set(self.own_rows)) > 1 else (),
             **fields,
         )
 
@@ -193,7 +202,7 @@ def candidate_of(
     """
     if beside is None and objective is not None:
         beside = beside_of(objective, adapted=adapter is not None, model=model, native=native)
-    given = {"dp_replicate": parallel.dp_replicate, "dp_shard": parallel.dp_shard}
+    given = {"dp_replicate": parallel.replicas, "dp_shard": parallel.dp_shard}
     derived = {key for key, value in given.items() if value is None}
     derived |= {"zero"} if parallel.zero is None else set()
     derived |= {"virtual_stages"} if parallel.virtual_stages is None else set()
@@ -201,7 +210,7 @@ def candidate_of(
     if world is None:
         shards = parallel.zero is not None or parallel.offload == "parameters"
         given["dp_shard"] = parallel.dp_shard or max(parallel.ep, 2 if shards else 1)
-        given["dp_replicate"] = parallel.dp_replicate or 1
+        given["dp_replicate"] = parallel.replicas or 1
         derived -= given.keys()
         world = parallel.pp * parallel.cp * parallel.tp * math.prod(filter(None, given.values()))
     elif training.batch_tokens is None:
@@ -223,9 +232,12 @@ def candidate_of(
             virtual_stages=parallel.virtual_stages or 1,
             stage_layers=tuple(parallel.stage_layers or ()),
             cp_method=parallel.cp_method,
+            whole=tuple(sorted(set(parallel.whole))),
             offload=parallel.offload,
-            recompute=training.recompute,
+            # What `auto` is follows from all the rest.
+            recompute="none" if training.recompute == "auto" else training.recompute,
             recompute_by_stage=tuple(parallel.recompute_by_stage or ()),
+            recompute_by_layer=tuple(parallel.recompute_by_layer or ()),
             dropout=training.dropout,
             neftune_alpha=training.neftune_alpha,
             adapter=adapter,
@@ -245,5 +257,6 @@ def candidate_of(
             model=model,
             native=native,
             derived=frozenset(derived),
+            rows_by_replica=tuple(parallel.rows_by_replica or ()),
         )
     )

@@ -17,6 +17,7 @@ from trainwright.errors import Mistake, UserError
 from trainwright.models.scoring import gives_scores
 from trainwright.planner.beside import vocabulary_mistake
 from trainwright.planner.candidate import candidate_of
+from trainwright.planner.cluster.load import load_cluster
 from trainwright.planner.known_model import (
     directory_vocabulary,
     known_config,
@@ -212,6 +213,13 @@ def check_layout(draft: Draft) -> Iterator[Mistake]:
     yield from beside_mistakes(candidate)
 
 
+def check_cluster(draft: Draft) -> Iterator[Mistake]:
+    """The description of the machines; raises UserError with all that is wrong with it."""
+    if draft.cluster is not None:
+        load_cluster(draft.cluster)
+    yield from ()
+
+
 def check_schedule(draft: Draft) -> Iterator[Mistake]:
     """A warm-up, or warm-up and decay, that do not fit into the run."""
     schedule = draft.schedule
@@ -303,11 +311,20 @@ recipe_checks: list[Check] = [
     check_sequence_length,
     check_sources,
     check_layout,
+    check_cluster,
     check_schedule,
     check_best,
     check_second_model,
     check_samples,
     check_installed,
+]
+
+# Of these, what a plan depends on: data, weights and a tokenizer need not be here to plan.
+planning_checks: list[Check] = [
+    check_model_shape,
+    check_sequence_length,
+    check_layout,
+    check_cluster,
 ]
 
 

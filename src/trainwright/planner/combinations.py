@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 
 from trainwright.models.families import DecoderConfig
 from trainwright.planner.candidate import AXES, Candidate
-from trainwright.planner.layout import divisors, split_layers
+from trainwright.planner.layout import divisors, split_layers, split_rows
 from trainwright.planner.legality import is_legal
 from trainwright.planner.plan import ContextMethod, Plan, Recompute, ScheduleName
 from trainwright.planner.schedules import SCHEDULES
 from trainwright.recipe.schema import Adapter, Objective
 
 _RECOMPUTES: tuple[Recompute, ...] = ("none", "full", "selective")
+_MIXED: tuple[Recompute, ...] = ("full", "none", "selective", "full")  # of one layer after another
+_WHOLES = ((), ("attention",), ("network",), ("attention", "network"))
 _METHODS: tuple[ContextMethod, ...] = ("ring", "all_gather", "ulysses")
 _SCHEDULES: tuple[ScheduleName, ...] = (
     "gpipe",
@@ -42,14 +45,17 @@ def enumerate_plans(
     fixed, from few dimensions above 1 to many.
     """
     plans = []
+    mixed = tuple(itertools.islice(itertools.cycle(_MIXED), config.num_layers))
     for degrees in _degrees(world_size):
         pp, dp_replicate, dp_shard, cp, tp, ep = degrees
-        for zero, (schedule, virtual, layers), method, recompute in itertools.product(
+        for zero, (schedule, virtual, layers), method, policies, whole in itertools.product(
             (1, 2, 3) if dp_shard > 1 else (0,),
             _pipelines(config, pp) if pp > 1 else (("1f1b", 1, ()),),
             _METHODS if cp > 1 else ("ring",),
-            _RECOMPUTES,
+            [*((policy, ()) for policy in _RECOMPUTES), ("none", mixed)],
+            _WHOLES if tp > 1 else ((),),
         ):
+            recompute, by_layer = policies
             candidate = Candidate(
                 world=world_size,
                 pp=pp,
@@ -63,7 +69,9 @@ def enumerate_plans(
                 virtual_stages=virtual,
                 stage_layers=layers,
                 cp_method=method,
+                whole=whole,
                 recompute=recompute,
+                recompute_by_layer=by_layer,
                 compile=False,
                 precision="fp32",
                 sequence_length=sequence_length,
@@ -74,12 +82,14 @@ def enumerate_plans(
                 adapter=adapter,
                 keeps_originals=objective is not None and objective.needs_reference,
             )
-            rows = candidate.own_rows
-            if rows is None:
-                continue
-            candidate = replace(candidate, micro_batch=_micro_batch(rows, pp))
-            if is_legal(candidate):
-                plans.append(candidate.plan(threads=1, compile=False))
+            uneven = _uneven_rows(candidate) if policies == ("none", ()) else ()
+            for shares in ((), uneven) if uneven else ((),):
+                shared = replace(candidate, rows_by_replica=shares)
+                if not shared.own_rows:
+                    continue
+                shared = replace(shared, micro_batch=_micro_batch(math.gcd(*shared.own_rows), pp))
+                if is_legal(shared):
+                    plans.append(shared.plan(threads=1, compile=False))
     return sorted(plans, key=_dimensions)
 
 
@@ -118,6 +128,16 @@ def _pipelines(
     first, *middle, last = split_layers(config, pp)
     if first > 1:
         yield "1f1b", 1, (1, *middle, last + first - 1)
+
+
+def _uneven_rows(candidate: Candidate) -> tuple[int, ...]:
+    """The batch's rows as if the first replica were three times as fast; () where they are few."""
+    replicas, unit = candidate.dp_replicate, candidate.dp_shard
+    assert candidate.rows is not None
+    units, rest = divmod(candidate.rows, unit)
+    if replicas == 1 or rest or units <= replicas:
+        return ()
+    return split_rows(candidate.rows, [3.0, *[1.0] * (replicas - 1)], unit)
 
 
 def _micro_batch(rows: int, pp: int) -> int:

@@ -6,13 +6,14 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from trainwright.models.families import DecoderConfig
 from trainwright.planner.candidate import DEGREES, Candidate
 from trainwright.planner.schedules import schedule_mistakes
 
 
-def cuts(size: Callable[[Any], int]) -> Callable[[Candidate], bool]:
-    """Whether tp divides a size of the model."""
-    return lambda c: c.model is None or size(c.model) % c.tp == 0
+def cuts(size: Callable[[Any], int], part: str = "") -> Callable[[Candidate], bool]:
+    """Whether tp divides a size of the model, or does not cut that part of it."""
+    return lambda c: c.model is None or part in c.whole or size(c.model) % c.tp == 0
 
 
 def widths(model: Any) -> list[tuple[str, int]]:
@@ -28,12 +29,26 @@ def widths(model: Any) -> list[tuple[str, int]]:
     return widths
 
 
+def cut_badly(model: DecoderConfig, tp: int) -> tuple[str, ...]:
+    """The parts of a block that so many workers cannot cut evenly, as `Plan.whole` names them."""
+    heads, keys = model.num_heads, model.num_kv_heads
+    bad = []
+    if heads % tp or (keys % tp and tp % keys):
+        bad.append("attention")
+    if any(width % tp for _, width in widths(model)):
+        bad.append("network")
+    return tuple(bad)
+
+
 def blocks_fit(c: Candidate) -> bool:
     """Whether tp cuts what is quantised to 4 bits between blocks of 64 values."""
     if c.tp == 1 or c.model is None or c.adapter is None or c.adapter.quantise != "nf4":
         return True
-    model, across = c.model, [c.model.num_heads * c.model.head_dim]
-    across += [width for _, width in widths(model)]
+    model, across = c.model, []
+    if "attention" not in c.whole:
+        across.append(model.num_heads * model.head_dim)
+    if "network" not in c.whole:
+        across += [width for _, width in widths(model)]
     return model.hidden_size % 64 == 0 and all(size % (64 * c.tp) == 0 for size in across)
 
 
@@ -46,7 +61,9 @@ def embeds_twice(c: Candidate) -> bool:
 
 
 def kv_heads_fit(c: Candidate) -> bool:
-    return c.model is None or c.model.num_kv_heads % c.tp == 0 or c.tp % c.model.num_kv_heads == 0
+    if c.model is None or "attention" in c.whole:
+        return True
+    return c.model.num_kv_heads % c.tp == 0 or c.tp % c.model.num_kv_heads == 0
 
 
 def own_heads(c: Candidate) -> tuple[int, int]:
@@ -91,13 +108,33 @@ def schedule_faults(c: Candidate, key: str) -> list[str]:
     """What `planner.schedules` has against the schedule, as far as it blames `key`."""
     if c.pp == 1:
         return []
-    many = c.most_micro_batches if c.most_micro_batches is not None else 1 << 30
+    many = c.fewest_micro_batches if c.fewest_micro_batches is not None else 1 << 30
     found = schedule_mistakes(c.schedule, c.pp, c.virtual_stages, many)
     return [mistake.what for mistake in found if mistake.key == key]
 
 
 def has_budget(c: Candidate) -> bool:
     return any(not isinstance(policy, str) for policy in c.recomputes)
+
+
+def replica_rows_fit(c: Candidate) -> bool:
+    return not c.rows_by_replica or (
+        len(c.rows_by_replica) == c.dp_replicate
+        and (c.rows is None or sum(c.rows_by_replica) == c.rows)
+        and all(rows > 0 and rows % c.dp_shard == 0 for rows in c.rows_by_replica)
+    )
+
+
+def replica_rows_say(c: Candidate) -> str:
+    rows, given = c.rows_by_replica, list(c.rows_by_replica)
+    if len(rows) != c.dp_replicate:
+        there = "is 1" if c.dp_replicate == 1 else f"are {c.dp_replicate}"
+        return f"{given} are rows of {len(rows)} replicas, and there {there}"
+    if min(rows) <= 0:
+        return f"{given} leaves a replica without rows, and with nothing to do"
+    if c.rows is not None and sum(rows) != c.rows:
+        return f"{given} are {sum(rows)} rows, but the batch has {c.rows}"
+    return f"{given} do not share out evenly over dp_shard {c.dp_shard}"
 
 
 def data_ranks_in_words(c: Candidate) -> str:

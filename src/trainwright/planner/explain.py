@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 
 from trainwright.models.families import DecoderConfig
 from trainwright.planner import memory
 from trainwright.planner.advice import Advice
 from trainwright.planner.budget import Budget
+from trainwright.planner.cost.prediction import Prediction
 from trainwright.planner.plan import Plan
 from trainwright.planner.schedules import make_schedule, placement
 from trainwright.planner.shapes import flops_per_token, parameter_count
@@ -33,7 +35,7 @@ def explain_plan(
         ("workers", _workers(plan)),
         *_layout(plan),
         ("batch", f"{plan.batch_sequences} rows = {plan.batch_tokens:,} tokens a step"),
-        ("micro-batches", f"{plan.accumulation} × {plan.micro_batch} rows a worker"),
+        ("micro-batches", _micro_batches(plan)),
         ("precision", plan.precision),
         ("recompute", _recompute(plan)),
         ("compile", "on" if plan.compile else "off"),
@@ -55,6 +57,16 @@ def explain_plan(
         ("states", f"{in_bytes(states)} a worker"),
         ("activations", f"{in_bytes(activations + memory.head_bytes(config, plan))} a worker"),
     ]
+
+
+def foretold(prediction: Prediction | None) -> list[tuple[str, str]]:
+    """A row for the screen on a plan's predicted step; none where nothing is foretold."""
+    if prediction is None:
+        return []
+    step, rate = prediction.step_seconds, prediction.tokens_per_second
+    words = f"{in_seconds(step.value)} a step ({in_seconds(step.low)} to {in_seconds(step.high)})"
+    rates = f"rates {prediction.source}" if prediction.source else ""
+    return [("predicted", ", ".join(filter(None, [words, f"{rate:,.0f} tokens/s", rates])))]
 
 
 def memory_lines(budget: Budget, measured: Mapping[str, float] | None = None) -> list[str]:
@@ -127,7 +139,8 @@ def _layout(plan: Plan) -> list[tuple[str, str]]:
         words = " × ".join(f"{size} {name}" for name, size in parts if size > 1)
         rows.append(("data", f"rows over {words}"))
     if plan.tp > 1:
-        rows.append(("tensor", f"products and the stream cut over {plan.tp} workers"))
+        whole = f"; {' and '.join(plan.whole)} whole, own tokens each" if plan.whole else ""
+        rows.append(("tensor", f"products and the stream cut over {plan.tp} workers{whole}"))
     if plan.cp > 1:
         method = plan.cp_method.replace("_", "-")
         rows.append(("context", f"each row's tokens over {plan.cp} workers ({method})"))
@@ -150,7 +163,17 @@ def _layout(plan: Plan) -> list[tuple[str, str]]:
     return rows
 
 
+def _micro_batches(plan: Plan) -> str:
+    if not plan.rows_by_replica:
+        return f"{plan.accumulation} × {plan.micro_batch} rows a worker"
+    counts = ", ".join(str(plan.accumulation_of(each)) for each in range(plan.dp_replicate))
+    return f"{counts} (by replica) × {plan.micro_batch} rows a worker"
+
+
 def _recompute(plan: Plan) -> str:
+    if plan.recompute_by_layer:
+        counts = Counter(plan.recompute_by_layer)
+        return "by layer: " + ", ".join(f"{n} {_policy(each)}" for each, n in counts.items())
     if plan.recompute_by_stage:
         return "by stage: " + " ".join(map(_policy, plan.recompute_by_stage))
     return _policy(plan.recompute)
@@ -167,6 +190,11 @@ def in_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1024
     raise AssertionError("not reached")
+
+
+def in_seconds(seconds: float) -> str:
+    """A step's time as a person reads it: "1.24 s", "35.1 ms"."""
+    return f"{seconds:.3g} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
 
 
 def in_words(count: float, unit: str) -> str:

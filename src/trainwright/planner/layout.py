@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 
 from trainwright.models.families import DecoderConfig
@@ -20,6 +21,23 @@ def divisors(number: int) -> tuple[int, ...]:
     most = min(math.isqrt(number), _LARGEST_TRIED)
     small = [n for n in range(1, most + 1) if number % n == 0]
     return tuple(sorted({*small, *(number // n for n in small)}))
+
+
+def split_rows(rows: int, speeds: Sequence[float], unit: int = 1) -> tuple[int, ...]:
+    """`rows` shared out so that the slowest of workers of these speeds is done as soon as can be.
+
+    Each gets a multiple of `unit`, and one at least. A unit at a time goes to whoever would then
+    be done first: the best there is, since all of them are equally large. Raises ValueError where
+    `unit` does not divide `rows`, or there is not one for each.
+    """
+    units, rest = divmod(rows, unit)
+    if rest or units < len(speeds):
+        raise ValueError(f"{rows} rows are no {unit} or more for each of {len(speeds)} workers")
+    own = [1] * len(speeds)
+    for _ in range(units - len(speeds)):
+        first = min(range(len(speeds)), key=lambda i: ((own[i] + 1) / speeds[i], i))
+        own[first] += 1
+    return tuple(unit * count for count in own)
 
 
 def split_layers(config: DecoderConfig, stages: int) -> tuple[int, ...]:

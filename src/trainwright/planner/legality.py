@@ -19,7 +19,10 @@ _DISTANCES = {
     "virtual_stages": 0.4,
     "stage_layers": 0.4,
     "recompute_by_stage": 0.6,
+    "recompute_by_layer": 0.6,
+    "rows_by_replica": 0.3,
     "cp_method": 0.7,
+    "whole": 0.8,
     "offload": 1.0,
     "recompute": 1.0,
     "compile": 0.5,
@@ -35,8 +38,11 @@ _GREED = 4.0  # more than any single change costs
 # Fields that a user would sooner leave out than set to what stands here.
 _LEFT_OUT: dict[str, Any] = {
     "zero": 0,
+    "whole": (),
     "stage_layers": (),
     "recompute_by_stage": (),
+    "recompute_by_layer": (),
+    "rows_by_replica": (),
     "dropout": 0.0,
     "neftune_alpha": 0.0,
 }

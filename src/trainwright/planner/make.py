@@ -9,21 +9,27 @@ from trainwright.errors import Mistake, UserError
 from trainwright.models.families import DecoderConfig
 from trainwright.planner import memory
 from trainwright.planner.advice import Advice, advise
-from trainwright.planner.beside import Beside
+from trainwright.planner.beside import Beside, own_passes
 from trainwright.planner.budget import Budget, memory_budget
 from trainwright.planner.candidate import Candidate, candidate_of
+from trainwright.planner.cluster.calibration import read_calibration
+from trainwright.planner.cluster.describe import Cluster
+from trainwright.planner.cluster.this_machine import this_machine
 from trainwright.planner.explain import in_bytes
+from trainwright.planner.job import Job
 from trainwright.planner.known_model import known_config, known_native
 from trainwright.planner.layout import divisors
 from trainwright.planner.legality import beside_mistakes, legality_mistakes
 from trainwright.planner.plan import Machine, Plan
-from trainwright.planner.schedules import schedule_mistakes
+from trainwright.planner.schedules import schedule_mistakes, splits_backward
 from trainwright.planner.shapes import flops_per_token
 from trainwright.recipe.schema import DataSection, Parallel, Recipe, Training
 
 # A micro-batch on a CPU gains nothing beyond this, and holds memory that caches want.
 _CPU_MOST_ROWS, _MOST_TOKENS = 16, 16_384
 _MEMORY_SHARE = 0.5  # of the memory, for what the closed formulas know
+# Of the memory, where recomputing is what it takes to fit: a CPU's allocator leaves more holes.
+_FILLED = {"cuda": 0.9, "cpu": 0.75}
 _WORKERS_A_CORE = 8  # more on a CPU are a mistake, or meant for another machine
 # Micro-batches for each pipeline worker: a fifth of the step is then the most that 1F1B idles.
 _MICRO_BATCHES_A_STAGE = 4
@@ -97,7 +103,7 @@ def _derived(
     candidate = candidate_of(
         recipe.parallel,
         recipe.training,
-        world=_world_size(recipe, machine),
+        world=workers_of(recipe, machine),
         optimizer=recipe.optimizer.name,
         sequence_length=recipe.data.sequence_length,
         model=config,
@@ -111,21 +117,25 @@ def _derived(
     )
     mistakes = [*batch_tokens_mistakes(recipe.training, recipe.data), *legality_mistakes(candidate)]
     mistakes += beside_mistakes(candidate)
+    if recipe.training.recompute == "auto" and native is False:
+        what = "`recompute: auto` counts what layers hold, and this model is of no family of ours"
+        mistakes.append(Mistake(what, "write `recompute: full`", key="training.recompute"))
     if mistakes:
         raise UserError(mistakes)
-    micro, rows = candidate.micro_batch, candidate.own_rows
-    assert rows is not None
-    plan = replace(candidate, micro_batch=1).plan(
-        threads=_threads(recipe.parallel, machine, candidate.world),
-        compile=_compiles(recipe, machine, candidate, config, steps),
-        activation_offload=recipe.training.activation_offload,
-    )
+    micro, own = candidate.micro_batch, candidate.own_rows
+    rows = math.gcd(*own)  # a micro-batch divides the rows of every replica
+    plan = replace(candidate, micro_batch=1).plan(threads=1, compile=False)
+    plan = finished_plan(recipe, plan, machine, config, steps)
     if micro is None:
         most = _most_rows(recipe, plan, machine, rows, candidate)
         micro = max(n for n in divisors(rows) if n <= most)
     elif config is not None:
         _room(recipe, plan, machine, candidate)
-    return replace(plan, micro_batch=micro, accumulation=rows // micro)
+    plan = replace(plan, micro_batch=micro, accumulation=max(own) // micro)
+    by_part = candidate.recompute_by_stage or candidate.recompute_by_layer
+    if recipe.training.recompute == "auto" and config is not None and not by_part:
+        return _least_recompute(recipe, plan, machine, candidate)
+    return plan
 
 
 class _TooLargeError(UserError):
@@ -171,7 +181,8 @@ def _threads(parallel: Parallel, machine: Machine, world: int) -> int:
     return max(1, machine.cores // here)
 
 
-def _world_size(recipe: Recipe, machine: Machine) -> int:
+def workers_of(recipe: Recipe, machine: Machine) -> int:
+    """Workers of the recipe on a machine, before any search. Raises `UserError` for too many."""
     workers = recipe.parallel.workers
     if machine.launched:
         if isinstance(workers, int) and machine.launched % workers:
@@ -195,7 +206,7 @@ def _world_size(recipe: Recipe, machine: Machine) -> int:
 
 def asked_workers(parallel: Parallel) -> int:
     """The fewest workers that the recipe's degrees make; 1 where it gives none."""
-    given = (parallel.pp, parallel.cp, parallel.tp, parallel.dp_replicate, parallel.dp_shard)
+    given = (parallel.pp, parallel.cp, parallel.tp, parallel.replicas, parallel.dp_shard)
     asked = math.prod(degree or 1 for degree in given)
     # Experts are dealt out within dp_shard, which is then as large at least.
     return asked if parallel.dp_shard else asked * parallel.ep
@@ -211,6 +222,26 @@ def cluster_of(workers: int) -> Machine:
         can_compile=True,
         launched=workers,
         has_float8=True,
+        device_name="NVIDIA H100 80GB HBM3",
+    )
+
+
+def machine_of(cluster: Cluster) -> Machine:
+    """One of the machines of `cluster`, all of whose devices a launcher has started a worker on.
+
+    Where they differ, with the least that any of them has.
+    """
+    kinds = [pool.device for pool in cluster.pools]
+    on_cpu = all(kind.kind == "cpu" for kind in kinds)
+    return Machine(
+        devices=1 if on_cpu else min(pool.devices_per_node for pool in cluster.pools),
+        device_kind="cpu" if on_cpu else "cuda",
+        cores=min(kind.units for kind in kinds) if on_cpu else 64,
+        memory_bytes=int(min(kind.memory_bytes for kind in kinds)),
+        can_compile=True,
+        launched=cluster.devices,
+        has_float8=all("float8" in kind.peak_flops for kind in kinds),
+        device_name=kinds[0].name,
     )
 
 
@@ -234,7 +265,7 @@ def _room(recipe: Recipe, plan: Plan, machine: Machine, candidate: Candidate) ->
     budget = memory_budget(recipe, plan, candidate.model, machine, candidate.beside)
     if budget.states > own:
         raise _TooLargeError(plan, budget.states, own)
-    return own * _MEMORY_SHARE - budget.states - budget.lines["logits"]
+    return own * _MEMORY_SHARE - budget.states - budget.lines.get("logits", 0.0)
 
 
 def _most_rows(
@@ -259,24 +290,66 @@ def _most_rows(
     return max(1, int(min(most, rows)))
 
 
+def _least_recompute(recipe: Recipe, plan: Plan, machine: Machine, candidate: Candidate) -> Plan:
+    """The quickest of the micro-batches that may be, each with as little recompute as fits.
+
+    Where nothing fits, everything is recomputed, in micro-batches of one row.
+    """
+    # scipy takes a moment to load, and no other plan needs it.
+    from trainwright.planner.cost.step import step_time
+    from trainwright.planner.search.recompute import fit_recompute
+
+    assert candidate.model is not None and candidate.rows is not None
+    job = Job(
+        candidate.model,
+        plan.sequence_length,
+        candidate.rows,
+        plan.optimizer,
+        candidate.adapter,
+        candidate.beside,
+        own_passes(recipe.objective, adapted=recipe.adapter is not None),
+    )
+    cluster = this_machine(machine, read_calibration(machine), workers=plan.world_size)
+    limit = _FILLED[plan.device] * cluster.pools[0].device.memory_bytes
+    sizes = [plan.micro_batch]
+    if candidate.micro_batch is None:
+        rows = math.gcd(*candidate.own_rows)
+        most = _most_rows(recipe, plan, machine, rows, replace(candidate, model=None))
+        sizes = [n for n in divisors(rows) if n <= max(most, plan.micro_batch)]
+    own = max(candidate.own_rows)
+    plans = [replace(plan, micro_batch=n, accumulation=own // n) for n in sizes]
+    fitting = filter(None, (fit_recompute(job, each, cluster, limit) for each in plans))
+    quickest = min(fitting, key=lambda each: step_time(job, each, cluster).total, default=None)
+    return quickest or replace(plans[0], recompute="full")
+
+
+def finished_plan(
+    recipe: Recipe, plan: Plan, machine: Machine, config: DecoderConfig | None, steps: int | None
+) -> Plan:
+    """A layout with what does not make it one: threads, compiling, activations in host memory."""
+    return replace(
+        plan,
+        threads=_threads(recipe.parallel, machine, plan.world_size),
+        compile=_compiles(recipe, machine, plan, config, steps),
+        activation_offload=recipe.training.activation_offload,
+    )
+
+
 def _compiles(
-    recipe: Recipe,
-    machine: Machine,
-    candidate: Candidate,
-    config: DecoderConfig | None,
-    steps: int | None,
+    recipe: Recipe, machine: Machine, plan: Plan, config: DecoderConfig | None, steps: int | None
 ) -> bool:
     """Whether blocks are compiled: as the recipe says, or where it repays its own time."""
     training = recipe.training
     if training.compile != "auto":
         return training.compile
-    if any(not isinstance(policy, str) for policy in candidate.recomputes):
+    policies = plan.recompute_by_layer or plan.recompute_by_stage or (plan.recompute,)
+    if any(not isinstance(policy, str) for policy in policies):
         return True  # a memory budget is met by nothing else
-    if not machine.can_compile or candidate.splits:
+    if not machine.can_compile or (plan.pp > 1 and splits_backward(plan.schedule)):
         return False
     if machine.device_kind == "cuda":
         return True
-    if candidate.tp * candidate.cp * candidate.ep > 1:
+    if plan.tp * plan.cp * plan.ep > 1:
         return False  # collectives cut a block into pieces, whose gain nobody has measured
     tokens = training.tokens
     steps = steps or training.steps

@@ -6,16 +6,18 @@ therefore fills only part of the memory.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
+from functools import lru_cache
 
 from trainwright.models.families import DecoderConfig
 from trainwright.planner.parameters import Weight, layers_of, stage_weights, stages_of
 from trainwright.planner.plan import Plan, Recompute
-from trainwright.planner.schedules import make_schedule
+from trainwright.planner.schedules import make_schedule, splits_backward
 from trainwright.recipe.schema import PAGED, Adapter
 
 # Of the stream and of weights that are gathered; float8 is made within each product.
-ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "float8": 2}
+ELEMENT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "float8": 2, "float4": 2}
 _FP32 = 4
 # What an optimizer keeps of a parameter.
 _OPTIMIZER_BYTES = {"adamw": 8, "muon": 4, "adamw-8bit": 2}
@@ -68,7 +70,7 @@ def state_bytes(config: DecoderConfig, plan: Plan, pp_rank: int | None = None) -
         host += 2 * _FP32 * own
     gathered = reducing = narrow = 0.0
     if sharded:
-        gathered = element * (whole if plan.zero < 3 else _gathered_at_once(stages, plan))
+        gathered = element * (whole if plan.zero < 3 else gathered_at_once(stages, plan))
         if plan.zero > 1 and plan.accumulation > 1:
             reducing = _FP32 * _reduced_last(stages, plan)
     elif plan.precision != "fp32":
@@ -86,13 +88,17 @@ def state_bytes(config: DecoderConfig, plan: Plan, pp_rank: int | None = None) -
     )
 
 
-def adapted_state_bytes(config: DecoderConfig, plan: Plan, adapter: Adapter) -> Memory:
-    """States of the fullest worker where an adapter is trained on a model that stays as it is.
+def adapted_state_bytes(
+    config: DecoderConfig, plan: Plan, adapter: Adapter, pp_rank: int | None = None
+) -> Memory:
+    """`state_bytes` where an adapter is trained on a model that stays as it is.
 
     Every matrix of the blocks is counted as having one, and all of `train_also` as embeddings: a
     little more than there is where fewer are meant.
     """
-    every = [_adapted_bytes(config, plan, adapter, pp_rank) for pp_rank in range(plan.pp)]
+    if pp_rank is not None:
+        return _adapted_bytes(config, plan, adapter, pp_rank)
+    every = [_adapted_bytes(config, plan, adapter, rank) for rank in range(plan.pp)]
     return max(every, key=lambda memory: memory.total)
 
 
@@ -160,16 +166,9 @@ def activation_bytes(config: DecoderConfig, plan: Plan, pp_rank: int | None = No
     """
     if pp_rank is None:
         return max(activation_bytes(config, plan, rank) for rank in range(plan.pp))
-    kept = {stage: _stage_bytes(config, plan, stage) for stage in stages_of(plan, pp_rank)}
+    kept = {stage: stage_bytes(config, plan, stage) for stage in stages_of(plan, pp_rank)}
     held = sum(kept[stage] for stage in in_flight(plan, pp_rank, kept))
-    at_once = max(
-        (
-            _whole_less_kept(config, plan, stage, layer)
-            for stage in kept
-            for layer in layers_of(config, plan, stage)
-        ),
-        default=0.0,
-    )
+    at_once = max(_brought_back(config, plan, stage) for stage in kept)
     return (held + at_once) * plan.sequence_length / plan.cp
 
 
@@ -191,27 +190,42 @@ def in_flight(plan: Plan, pp_rank: int, cost: dict[int, float] | None = None) ->
     """
     if plan.pp == 1:
         return [0]
-    many = plan.accumulation
-    if plan.schedule == "gpipe":
-        return stages_of(plan, pp_rank) * many  # all go forward before any goes back
-    # The others are full after a few rounds; what is over goes through in larger groups.
-    rounds = max(4 * plan.virtual_stages, plan.pp + 1)
-    many = min(many, rounds * plan.pp + many % plan.pp)
-    schedule = make_schedule(plan.schedule, plan.pp, plan.virtual_stages, many)
-    held: list[int] = []
-    most: list[int] = []
 
     def weight(stages: list[int]) -> float:
         return sum(cost[stage] for stage in stages) if cost else len(stages)
 
-    for action in schedule[pp_rank]:
-        if action.kind == "F":
-            held.append(action.stage)
-            if weight(held) > weight(most):
-                most = list(held)
-        elif action.kind in ("B", "W"):
-            held.remove(action.stage)
-    return most
+    return max(fullest_moments(plan, pp_rank), key=weight)
+
+
+def fullest_moments(plan: Plan, pp_rank: int) -> list[list[int]]:
+    """All that `in_flight` may be, whatever the stages weigh: no entry is part of another."""
+    if plan.pp == 1:
+        return [[0]]
+    many = plan.accumulation
+    if plan.schedule == "gpipe":
+        return [stages_of(plan, pp_rank) * many]  # all go forward before any goes back
+    # The others are full after a few rounds; what is over goes through in larger groups.
+    rounds = max(4 * plan.virtual_stages, plan.pp + 1)
+    many = min(many, rounds * plan.pp + many % plan.pp)
+    every = _moments(plan.schedule, plan.pp, plan.virtual_stages, many)[pp_rank]
+    return [list(moment.elements()) for moment in every]
+
+
+@lru_cache(maxsize=256)
+def _moments(name: str, ranks: int, virtual: int, many: int) -> list[list[Counter[int]]]:
+    """The fullest moments of each rank: micro-batches under way by stage."""
+    fullest = []
+    for actions in make_schedule(name, ranks, virtual, many):
+        held, seen = Counter[int](), {}
+        for action in actions:
+            if action.kind == "F":
+                held[action.stage] += 1
+                seen[frozenset(held.items())] = Counter(held)
+            elif action.kind in ("B", "W"):
+                held[action.stage] -= 1
+        moments = list(seen.values())
+        fullest.append([m for m in moments if not any(m < other for other in moments)])
+    return fullest
 
 
 def layer_bytes(config: DecoderConfig, plan: Plan, layer: int, recompute: Recompute) -> float:
@@ -219,29 +233,48 @@ def layer_bytes(config: DecoderConfig, plan: Plan, layer: int, recompute: Recomp
 
     In elements, under tp divided by it but where said: inputs of norms 2h, inputs of the
     projections 2h (gathered, so not divided), queries and attention output 2q, keys and values 2k,
-    gate, its activation, up and their product 4f; an fp32 sum a head; another q + k where queries
-    and keys are normalised or split from one matrix, and 2h where there are norms behind each
-    half. Experts keep as much for each one that a token goes to, and their inputs and outputs.
-    Attention keeps no scores, on any device. `full` keeps the layer's input, `selective` the
-    outputs of matrix products and attention besides, and a budget something between.
+    gate, its activation, up and their product 4f, or 2f where there is no gate; an fp32 sum a head;
+    another q + k where queries and keys are normalised or split from one matrix, and 2h where there
+    are norms behind each half. Experts keep as much for each one that a token goes to, and their
+    inputs and outputs. Attention keeps no scores, on any device. `full` keeps the layer's input,
+    `selective` the outputs of matrix products and attention besides, and a budget something
+    between. What tp leaves whole gathers no inputs; of attention it gathers keys and values where
+    rows are cut.
     """
     hidden, tp, element = config.hidden_size, plan.tp, ELEMENT_BYTES[plan.precision]
-    attention, products, sums = _attention_elements(config, tp)
-    inner, inner_products, extra = _network_elements(config, layer, tp)
+    if "attention" in plan.whole:
+        attention, products, sums = (each / tp for each in attention_elements(config, 1))
+        if plan.micro_batch % tp:
+            attention += _keys_and_values(config) * (1 - 1 / tp)
+    else:
+        attention, products, sums = attention_elements(config, tp)
+    inner, inner_products, extra = network_elements(config, layer, tp)
     entry = hidden / tp
     norms = 4 if config.norms == "both" else 2
-    whole = element * (norms * hidden / tp + 2 * hidden + attention + inner) + sums + extra
+    inputs = sum(hidden / (tp if part in plan.whole else 1) for part in ("attention", "network"))
+    whole = element * (norms * hidden / tp + inputs + attention + inner) + sums + extra
     if recompute == "none":
         return whole
     if recompute == "full":
         return element * entry
     if recompute == "selective":
-        return element * (entry + 2 * hidden + products + inner_products) + sums
+        return element * (entry + inputs + products + inner_products) + sums
     assert not isinstance(recompute, str)
     return recompute * whole + (1 - recompute) * element * entry
 
 
-def _attention_elements(config: DecoderConfig, tp: int) -> tuple[float, float, float]:
+def end_bytes(config: DecoderConfig, plan: Plan, stage: int) -> float:
+    """Bytes that the last stage keeps a token behind its layers; 0 on the others.
+
+    The last hidden states, their norm, and the gradients of both.
+    """
+    if stage < plan.stages - 1:
+        return 0.0
+    hidden = config.hidden_size
+    return ELEMENT_BYTES[plan.precision] * (2 * hidden / plan.tp + 2 * hidden)
+
+
+def attention_elements(config: DecoderConfig, tp: int) -> tuple[float, float, float]:
     """Elements of all that attention keeps, of its products alone, and bytes of its fp32 sums."""
     heads, dim = config.num_heads / tp, config.head_dim
     sums = 4 * heads
@@ -258,11 +291,19 @@ def _attention_elements(config: DecoderConfig, tp: int) -> tuple[float, float, f
     return kept + (queries + keys if again else 0), kept, sums
 
 
-def _network_elements(config: DecoderConfig, layer: int, tp: int) -> tuple[float, float, float]:
+def _keys_and_values(config: DecoderConfig) -> float:
+    """Channels of a token's keys and values, over all heads."""
+    value = config.head_dim if config.latent is None else config.latent.value_dim
+    return config.num_kv_heads * (config.head_dim + value)
+
+
+def network_elements(config: DecoderConfig, layer: int, tp: int) -> tuple[float, float, float]:
     """The same of the feed-forward network; the bytes are the router's, in fp32."""
     spec = config.experts
     if spec is None or not config.is_sparse(layer):
-        return 4 * config.intermediate_size / tp, 2 * config.intermediate_size / tp, 0.0
+        inward = 1 + config.gated  # a product and its activation; with a gate, one more of each
+        width = config.intermediate_size / tp
+        return 2 * inward * width, inward * width, 0.0
     rows, shared = spec.per_token, spec.shared_width / tp
     outputs = 2 * rows * config.hidden_size  # an expert's inputs and outputs, a row each
     whole = outputs + 4 * rows * spec.width / tp + 4 * shared
@@ -270,23 +311,27 @@ def _network_elements(config: DecoderConfig, layer: int, tp: int) -> tuple[float
     return whole, products, 3.0 * _FP32 * spec.count
 
 
-def _stage_bytes(config: DecoderConfig, plan: Plan, stage: int) -> float:
+def stage_bytes(config: DecoderConfig, plan: Plan, stage: int) -> float:
     """Bytes that a stage keeps a token, over all its layers and the head."""
-    policy = plan.stage_recompute(stage)
-    layers = layers_of(config, plan, stage)
-    kept = sum(layer_bytes(config, plan, layer, policy) for layer in layers)
-    if stage == plan.stages - 1:
-        # The last hidden states, their norm, and the gradients of both.
-        element, hidden = ELEMENT_BYTES[plan.precision], config.hidden_size
-        kept += element * (2 * hidden / plan.tp + 2 * hidden)
-    return kept
+    return end_bytes(config, plan, stage) + sum(
+        layer_bytes(config, plan, layer, plan.layer_recompute(layer, stage))
+        for layer in layers_of(config, plan, stage)
+    )
 
 
-def _whole_less_kept(config: DecoderConfig, plan: Plan, stage: int, layer: int) -> float:
-    """What recomputing a layer brings back."""
-    policy = plan.stage_recompute(stage)
-    whole = layer_bytes(config, plan, layer, "none")
-    return whole - layer_bytes(config, plan, layer, policy)
+def _brought_back(config: DecoderConfig, plan: Plan, stage: int) -> float:
+    """The most that recomputing a layer of a stage brings back, beyond what is free again by then.
+
+    The layers after it have gone back, and what they kept with them; but where backward passes are
+    split, weights' gradients still want it.
+    """
+    most = freed = 0.0
+    for layer in reversed(layers_of(config, plan, stage)):
+        kept = layer_bytes(config, plan, layer, plan.layer_recompute(layer, stage))
+        most = max(most, layer_bytes(config, plan, layer, "none") - kept - freed)
+        if plan.pp == 1 or not splits_backward(plan.schedule):
+            freed += kept
+    return most
 
 
 def _leaves_device(plan: Plan) -> bool:
@@ -302,7 +347,7 @@ def _optimizer_bytes(weight: Weight, plan: Plan) -> float:
     return _OPTIMIZER_BYTES[name] * weight.shard(plan)
 
 
-def _gathered_at_once(stages: list[list[list[Weight]]], plan: Plan) -> int:
+def gathered_at_once(stages: list[list[list[Weight]]], plan: Plan) -> int:
     """Elements gathered at a time: what lies outside the blocks, a block and the one after it."""
     sizes = [[sum(w.elements(plan) for w in group) for group in groups] for groups in stages]
     outer = sum(groups[0] for groups in sizes)

@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 from trainwright.planner.candidate import Candidate
-from trainwright.planner.layout import divisors, split_layers
+from trainwright.planner.layout import divisors, split_layers, split_rows
+from trainwright.planner.plan import Recompute
 from trainwright.planner.schedules import SCHEDULES
 
 Change = dict[str, Any]  # fields and their new values
@@ -35,6 +37,16 @@ def other_values(**fields: Any) -> Mend:
 
 def any_of(*sources: Mend) -> Mend:
     return lambda c: (change for source in sources for change in source(c))
+
+
+def left_whole(part: str) -> Mend:
+    """That part of every block not cut by tp."""
+    return lambda c: [{"whole": tuple(sorted({*c.whole, part}))}]
+
+
+def without_whole(part: str) -> Mend:
+    """That part cut like the others."""
+    return lambda c: [{"whole": tuple(each for each in c.whole if each != part)}]
 
 
 def schedules(*names: str) -> Mend:
@@ -81,7 +93,21 @@ def larger_batches(c: Candidate) -> Iterable[Change]:
 
 def micro_batches(c: Candidate) -> Iterable[Change]:
     if c.micro_batch is not None and c.own_rows:
-        yield from ({"micro_batch": n} for n in divisors(c.own_rows) if n != c.micro_batch)
+        unit = math.gcd(*c.own_rows)
+        yield from ({"micro_batch": n} for n in divisors(unit) if n != c.micro_batch)
+
+
+def replica_rows(c: Candidate) -> Iterable[Change]:
+    """The batch over the replicas in about the same proportions, or evenly."""
+    weights = [max(1, rows) for rows in c.rows_by_replica]
+    for unit in (c.dp_shard * (c.micro_batch or 1), c.dp_shard):
+        if c.rows is None or len(weights) != c.dp_replicate or c.rows < unit * len(weights):
+            continue
+        if c.rows % unit == 0:
+            yield {"rows_by_replica": split_rows(c.rows, weights, unit)}
+        if sum(c.rows_by_replica):
+            yield {"rows": sum(c.rows_by_replica)}
+    yield {"rows_by_replica": ()}
 
 
 def _multiples(wanted: int, unit: int) -> list[int]:
@@ -110,11 +136,14 @@ def without_eight_bits(c: Candidate) -> Iterable[Change]:
 
 def plain_policies(c: Candidate) -> Iterable[Change]:
     """Named policies in place of memory budgets."""
+
+    def named(*policies: Recompute) -> tuple[Recompute, ...]:
+        return tuple(each if isinstance(each, str) else "selective" for each in policies)
+
     yield {
-        "recompute": c.recompute if isinstance(c.recompute, str) else "selective",
-        "recompute_by_stage": tuple(
-            policy if isinstance(policy, str) else "selective" for policy in c.recompute_by_stage
-        ),
+        "recompute": named(c.recompute)[0],
+        "recompute_by_stage": named(*c.recompute_by_stage),
+        "recompute_by_layer": named(*c.recompute_by_layer),
     }
 
 

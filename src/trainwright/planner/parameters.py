@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from trainwright.models.families import DecoderConfig
@@ -60,13 +60,17 @@ class Weight:
         return plan.tp > 1 and self.cut is None
 
 
-def block_weights(config: DecoderConfig, layer: int, tp: int = 1) -> Iterator[Weight]:
-    """The parameters of one layer, cut as `tp` workers cut them."""
+def block_weights(
+    config: DecoderConfig, layer: int, tp: int = 1, whole: tuple[str, ...] = ()
+) -> Iterator[Weight]:
+    """The parameters of one layer, cut as `tp` workers cut them that leave these parts `whole`."""
     hidden = config.hidden_size
-    yield from _attention(config, tp)
+    attention = _attention(config, tp)
+    yield from map(_uncut, attention) if "attention" in whole else attention
     spec = config.experts
     if spec is None or not config.is_sparse(layer):
-        yield from _gated(config, config.intermediate_size)
+        network = _gated(config, config.intermediate_size)
+        yield from map(_uncut, network) if "network" in whole else network
     else:
         yield Weight((spec.count, hidden))  # the router
         inward, outward = (spec.count, spec.width, hidden), (spec.count, hidden, spec.width)
@@ -97,7 +101,8 @@ def stage_weights(config: DecoderConfig, plan: Plan, stage: int) -> list[list[We
     """The parameters of a pipeline stage: those outside its blocks, then each block's."""
     last = plan.stages - 1
     outer = list(outer_weights(config, embeds=stage == 0, heads=stage == last))
-    blocks = (block_weights(config, layer, plan.tp) for layer in layers_of(config, plan, stage))
+    layers = layers_of(config, plan, stage)
+    blocks = (block_weights(config, layer, plan.tp, plan.whole) for layer in layers)
     return [outer, *map(list, blocks)]
 
 
@@ -116,16 +121,20 @@ def stages_of(plan: Plan, pp_rank: int) -> list[int]:
     return [stage for stage, rank in enumerate(ranks) if rank == pp_rank]
 
 
+def _uncut(weight: Weight) -> Weight:
+    return replace(weight, cut=None)
+
+
 def _gated(config: DecoderConfig, width: int) -> Iterator[Weight]:
-    hidden = config.hidden_size
+    hidden, inward = config.hidden_size, 1 + config.gated
     if config.fused_projections:  # gate and up in one matrix, which tp leaves whole
         yield Weight((2 * width, hidden))
     else:
-        yield from (Weight((width, hidden), 0), Weight((width, hidden), 0))
+        yield from [Weight((width, hidden), 0)] * inward
     yield Weight((hidden, width), 1)
     if config.mlp_bias:
         cut = None if config.fused_projections else 0
-        widths = [2 * width] if config.fused_projections else [width, width]
+        widths = [2 * width] if config.fused_projections else [width] * inward
         yield from (Weight((each,), cut) for each in widths)
         yield Weight((hidden,))
 

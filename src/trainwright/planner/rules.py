@@ -19,6 +19,8 @@ from trainwright.planner.conditions import (
     has_budget,
     kv_heads_fit,
     own_heads,
+    replica_rows_fit,
+    replica_rows_say,
     schedule_faults,
     schedule_fits,
     stages_in_words,
@@ -35,14 +37,17 @@ from trainwright.planner.mends import (
     default_layers,
     degrees,
     larger_batches,
+    left_whole,
     lengths,
     micro_batches,
     other_values,
     plain_policies,
+    replica_rows,
     schedules,
     virtual_stages,
     without_eight_bits,
     without_pages,
+    without_whole,
 )
 from trainwright.recipe.schema import EIGHT_BIT, PAGED
 
@@ -158,15 +163,15 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "tensor-heads",
-        ("parallel.tp",),
-        "tp cuts attention by heads: it divides the query heads",
-        cuts(lambda model: model.num_heads),
+        ("parallel.tp", "parallel.whole"),
+        "tp cuts attention by heads: it divides the query heads, or leaves attention whole",
+        cuts(lambda model: model.num_heads, "attention"),
         lambda c: f"{c.tp} does not divide the model's {c.model.num_heads} heads",  # type: ignore[union-attr]
-        degrees("tp"),
+        any_of(left_whole("attention"), degrees("tp")),
     ),
     Rule(
         "tensor-key-value-heads",
-        ("parallel.tp",),
+        ("parallel.tp", "parallel.whole"),
         "every worker's queries read key-value heads of its own or one that it shares: the "
         "key-value heads divide by tp, or tp by them",
         kv_heads_fit,
@@ -174,19 +179,23 @@ RULES: tuple[Rule, ...] = (
             f"{c.tp} and the model's {c.model.num_kv_heads} key-value heads do not divide "  # type: ignore[union-attr]
             "one another"
         ),
-        degrees("tp"),
+        any_of(left_whole("attention"), degrees("tp")),
     ),
     Rule(
         "tensor-feed-forward",
-        ("parallel.tp",),
+        ("parallel.tp", "parallel.whole"),
         "tp cuts feed-forward networks by channels: it divides intermediate_size, experts' widths "
-        "too",
-        lambda c: c.model is None or all(width % c.tp == 0 for _, width in widths(c.model)),
+        "too, or leaves networks whole",
+        lambda c: (
+            c.model is None
+            or "network" in c.whole
+            or all(width % c.tp == 0 for _, width in widths(c.model))
+        ),
         lambda c: (
             f"{c.tp} does not divide the model's "
             + " and ".join(f"{name} {width}" for name, width in widths(c.model) if width % c.tp)
         ),
-        degrees("tp"),
+        any_of(left_whole("network"), degrees("tp")),
     ),
     Rule(
         "tensor-vocabulary",
@@ -196,6 +205,31 @@ RULES: tuple[Rule, ...] = (
         lambda c: f"{c.tp} does not divide the vocabulary of {c.model.vocab_size:,}",  # type: ignore[union-attr]
         degrees("tp"),
         hint=", or give the tokenizer or `model.config.vocab_size` a multiple of it",
+    ),
+    Rule(
+        "whole-tensor",
+        ("parallel.whole", "parallel.tp"),
+        "whole is what tp does not cut: without tp nothing is cut",
+        lambda c: not c.whole or c.tp > 1,
+        lambda c: f"{' and '.join(c.whole)} cannot be left whole: tp is 1, which cuts nothing",
+        any_of(other_values(whole=()), degrees("tp")),
+    ),
+    Rule(
+        "whole-context",
+        ("parallel.whole", "parallel.cp"),
+        "attention that tp leaves whole brings a row's keys together over tp, and cp does the same "
+        "over cp: one of them is enough",
+        lambda c: "attention" not in c.whole or c.cp == 1,
+        lambda c: f"attention is left whole, which does not go with cp {c.cp}",
+        any_of(without_whole("attention"), degrees("cp")),
+    ),
+    Rule(
+        "whole-experts",
+        ("parallel.whole",),
+        "experts are dealt out by ep, or cut by tp: routers count the tokens of a whole row",
+        lambda c: "network" not in c.whole or c.model is None or c.model.experts is None,
+        lambda c: "a mixture of experts cannot leave its networks whole",
+        without_whole("network"),
     ),
     Rule(
         "columns",
@@ -328,6 +362,27 @@ RULES: tuple[Rule, ...] = (
         lambda c: [{"recompute_by_stage": ()}],
     ),
     Rule(
+        "recompute-layers",
+        ("parallel.recompute_by_layer", "parallel.recompute_by_stage"),
+        "recompute_by_layer has an entry for each layer of a family of ours, and takes the place "
+        "of recompute_by_stage",
+        lambda c: (
+            not c.recompute_by_layer
+            or (
+                c.native is not False
+                and not c.recompute_by_stage
+                and (c.model is None or len(c.recompute_by_layer) == c.model.num_layers)
+            )
+        ),
+        lambda c: (
+            "stages and layers are both said to recompute"
+            if c.recompute_by_stage
+            else f"{len(c.recompute_by_layer)} entries, but "
+            + ("the layers are not known" if c.model is None else f"{c.model.num_layers} layers")
+        ),
+        any_of(lambda c: [{"recompute_by_stage": ()}], lambda c: [{"recompute_by_layer": ()}]),
+    ),
+    Rule(
         "zero-shards",
         ("parallel.zero", "parallel.dp_shard"),
         "zero says what dp_shard cuts: one needs the other",
@@ -422,7 +477,11 @@ RULES: tuple[Rule, ...] = (
         ),
         any_of(other_values(compile="auto"), plain_policies, _WITHOUT_SPLIT),
         key=lambda c: (
-            "parallel.recompute_by_stage" if isinstance(c.recompute, str) else "training.recompute"
+            "parallel.recompute_by_layer"
+            if c.recompute_by_layer
+            else "parallel.recompute_by_stage"
+            if c.recompute_by_stage
+            else "training.recompute"
         ),
     ),
     Rule(
@@ -438,22 +497,37 @@ RULES: tuple[Rule, ...] = (
         ("training.batch_sequences", "parallel.dp_replicate", "parallel.dp_shard"),
         "the rows of a batch share out evenly over dp_replicate × dp_shard",
         # Where the degrees do not make the workers, nobody knows the data ranks.
-        lambda c: c.rows is None or c.product != c.world or c.rows % c.data_ranks == 0,
+        lambda c: (
+            c.rows is None
+            or c.product != c.world
+            or bool(c.rows_by_replica)
+            or c.rows % c.data_ranks == 0
+        ),
         lambda c: f"{c.rows} rows do not share out evenly over {data_ranks_in_words(c)}",
         any_of(batches, degrees("dp_replicate", "dp_shard")),
         key=lambda c: f"training.batch_{'tokens' if c.counts_tokens else 'sequences'}",
         hint=", or another `parallel.workers`",
     ),
     Rule(
+        "replica-rows",
+        ("parallel.rows_by_replica", "parallel.dp_replicate", "training.batch_sequences"),
+        "rows_by_replica has a number for each of the dp_replicate replicas, all of which dp_shard "
+        "divides, and they sum to the rows of the batch",
+        replica_rows_fit,
+        replica_rows_say,
+        replica_rows,
+    ),
+    Rule(
         "micro-batch",
         ("parallel.micro_batch", "training.batch_sequences"),
-        "micro-batches are equally large: micro_batch divides the rows of a data rank",
-        lambda c: c.micro_batch is None or c.own_rows is None or c.own_rows % c.micro_batch == 0,
+        "micro-batches are equally large: micro_batch divides the rows of every data rank",
+        lambda c: c.micro_batch is None or not any(own % c.micro_batch for own in c.own_rows),
         lambda c: (
-            f"{c.micro_batch} does not divide the {c.own_rows} rows of a worker "
+            f"{c.micro_batch} does not divide the "
+            f"{next(own for own in c.own_rows if own % (c.micro_batch or 1))} rows of a worker "
             f"({c.rows} rows, {c.data_ranks} data ranks)"
         ),
-        any_of(micro_batches, batches),
+        any_of(micro_batches, batches, replica_rows),
     ),
     Rule(
         "micro-batches",

@@ -88,8 +88,9 @@ def head_outputs(config: DecoderConfig) -> int:
 def block_parameters(config: DecoderConfig, layer: int) -> BlockParameters:
     """Parameters of one layer."""
     hidden, experts = config.hidden_size, config.experts
-    network, router, routed = 3 * hidden * config.intermediate_size, 0, 0
-    network += (2 * config.intermediate_size + hidden) * config.mlp_bias
+    inward = 1 + config.gated  # matrices that lead into the network; one leads out of it
+    network, router, routed = (inward + 1) * hidden * config.intermediate_size, 0, 0
+    network += (inward * config.intermediate_size + hidden) * config.mlp_bias
     if experts is not None and config.is_sparse(layer):
         network = 3 * hidden * experts.shared_width + hidden * experts.shared_gate
         router = experts.count * hidden
@@ -164,7 +165,7 @@ def _network_flops(config: DecoderConfig, layer: int) -> int:
     """Of a layer's feed-forward network: the experts that a token goes to, and the router."""
     hidden, experts = config.hidden_size, config.experts
     if experts is None or not config.is_sparse(layer):
-        return 6 * hidden * config.intermediate_size
+        return (4 + 2 * config.gated) * hidden * config.intermediate_size
     width = experts.per_token * experts.width + experts.shared_width
     return 6 * hidden * width + 2 * hidden * (experts.count + experts.shared_gate)
 

@@ -38,13 +38,13 @@ def simulate(
     forward: Sequence[float],
     backward_input: Sequence[float],
     backward_weight: Sequence[float],
-    transfer: float = 0.0,
+    transfer: float | Sequence[float] = 0.0,
 ) -> Timeline:
     """`schedule` in time; durations are one for each stage, B taking I and W together.
 
-    `transfer` passes between the end of an action and its result's arrival on another rank; it
-    keeps no rank busy. Raises ValueError where the actions wait for one another for ever, or for
-    one that is in nobody's list.
+    `transfer` passes between the end of an action and its result's arrival on another rank, one for
+    all or one from each stage to the next; it keeps no rank busy. Raises ValueError where the
+    actions wait for one another for ever, or for one that is in nobody's list.
     """
     lasts = {
         "F": forward,
@@ -52,6 +52,8 @@ def simulate(
         "I": backward_input,
         "W": backward_weight,
     }
+    if isinstance(transfer, (int, float)):
+        transfer = [transfer] * len(placement)
     done: dict[Action, float] = {}
     ranks: list[list[Timed]] = [[] for _ in schedule]
     moved = True
@@ -68,7 +70,8 @@ def simulate(
                 for need in needed:
                     assert need is not None
                     far = placement[need.stage] != placement[action.stage]
-                    start = max(start, done[need] + (transfer if far else 0.0))
+                    passes = transfer[min(need.stage, action.stage)] if far else 0.0
+                    start = max(start, done[need] + passes)
                 done[action] = start + lasts[action.kind][action.stage]
                 timed.append(Timed(action, start, done[action]))
                 moved = True

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from dataclasses import replace
 
 from trainwright.models.families import DecoderConfig
 from trainwright.planner.memory import ELEMENT_BYTES
@@ -22,22 +23,25 @@ _FP32, _FP64, _INT64 = 4, 8, 8
 Traffic = dict[tuple[str, str], float]  # (dimension, collective) to bytes
 
 
-def traffic_bytes(config: DecoderConfig, plan: Plan, pp_rank: int = 0) -> dict[str, float]:
-    """Bytes that a worker of pipeline rank `pp_rank` sends a step, by dimension.
+def traffic_bytes(
+    config: DecoderConfig, plan: Plan, pp_rank: int = 0, replica: int = 0
+) -> dict[str, float]:
+    """Bytes that a worker of pipeline rank `pp_rank` of a replica sends a step, by dimension.
 
     Dimensions are named as the mesh names its groups: tp, cp, ep, pp, fsdp, expert_fsdp,
     dp_replicate, replicas (all that hold equal weights and other tokens, where nothing is sharded),
     tied, world. Those without traffic are left out.
     """
     totals: dict[str, float] = {}
-    for (dimension, _), count in traffic(config, plan, pp_rank).items():
+    for (dimension, _), count in traffic(config, plan, pp_rank, replica).items():
         totals[dimension] = totals.get(dimension, 0.0) + count
     return {dimension: count for dimension, count in totals.items() if count}
 
 
-def traffic(config: DecoderConfig, plan: Plan, pp_rank: int = 0) -> Traffic:
+def traffic(config: DecoderConfig, plan: Plan, pp_rank: int = 0, replica: int = 0) -> Traffic:
     """The same by dimension and collective."""
     total = _nothing()
+    plan = replace(plan, accumulation=plan.accumulation_of(replica), rows_by_replica=())
     for stage in stages_of(plan, pp_rank):
         micro = _Stage(config, plan, stage).micro_batch()
         _add(total, {kind: plan.accumulation * count for kind, count in micro.items()})
@@ -69,17 +73,17 @@ class _Stage:
         # A row's columns on this worker, before tp cuts the stream between the blocks.
         self.tokens = plan.micro_batch * plan.sequence_length / plan.cp
         self.stream = self.tokens * config.hidden_size * self.element
-        self.recompute = plan.stage_recompute(stage)
 
     def micro_batch(self) -> Traffic:
         """All that travels for a micro-batch but weights and their gradients."""
         plan, total = self.plan, _nothing()
         for layer in layers_of(self.config, plan, self.stage):
+            policy = plan.layer_recompute(layer, self.stage)
             for part in (
-                self._tensor(),
-                self._context(),
-                self._experts(layer),
-                self._balance(layer),
+                self._tensor(policy),
+                self._context(policy),
+                self._experts(layer, policy),
+                self._balance(layer, policy),
             ):
                 _add(total, part)
         if plan.tp > 1:
@@ -88,25 +92,39 @@ class _Stage:
             _add(total, self._boundaries())
         return total
 
-    def _tensor(self) -> Traffic:
+    def _tensor(self, recompute: Recompute) -> Traffic:
         """Gathers on entering a block's halves and reduce-scatters on leaving, and back again."""
         total, workers = _nothing(), self.plan.tp
         if workers == 1:
             return total
         once = gathered(self.stream, workers)
-        again = _repeats(self.recompute)
-        # Recomputing ends with the last activation that the backward pass needs: what leaves the
-        # block at last only where a norm comes after it.
-        leaves_again = again * (1 if self.config.norms == "pre" else 2)
-        total["tp", "all_gather"] = (2 + 2 + 2 * again) * once
-        total["tp", "reduce_scatter"] = (2 + 2 + leaves_again) * once
-        if self.config.qk_norm == "projection" and not self.config.fused_projections:
+        again = _repeats(recompute)
+        for part in ("attention", "network"):
+            if part in self.plan.whole:
+                continue
+            # Recomputing ends with the last activation that the backward pass needs: what leaves
+            # the block at last only where a norm comes after it.
+            last = part == "network" and self.config.norms == "pre"
+            total["tp", "all_gather"] += (1 + 1 + again) * once
+            total["tp", "reduce_scatter"] += (1 + 1 + again * (not last)) * once
+        if "attention" in self.plan.whole:
+            _add(total, self._own_queries(again))
+        elif self.config.qk_norm == "projection" and not self.config.fused_projections:
             cut = 1 + (self.config.num_kv_heads % workers == 0)  # the queries' norm, and the keys'
             squares = reduced(_FP32 * self.tokens, workers)
             total["tp", "all_reduce"] = (2 + again) * cut * squares
         return total
 
-    def _context(self) -> Traffic:
+    def _own_queries(self, again: float) -> Traffic:
+        """Keys and values of rows that lie on several workers, and their gradients."""
+        plan = self.plan
+        if plan.micro_batch % plan.tp == 0:  # every worker has whole rows
+            return {}
+        _, keys, values, _ = attention_widths(self.config)
+        once = gathered((keys + values) * self.tokens * self.element, plan.tp)
+        return {("tp", "all_gather"): (1 + again) * once, ("tp", "reduce_scatter"): once}
+
+    def _context(self, recompute: Recompute) -> Traffic:
         """Keys and values, or heads for tokens."""
         plan, config, total = self.plan, self.config, _nothing()
         workers = plan.cp
@@ -115,7 +133,7 @@ class _Stage:
         queries, keys, values, mixed = attention_widths(config, plan.tp)
         own = self.tokens * self.element
         # Attention's own result is kept by `selective`; what is done for it outside is not.
-        again, in_kernel = _repeats(self.recompute), _repeats(self.recompute, kept=True)
+        again, in_kernel = _repeats(recompute), _repeats(recompute, kept=True)
         if plan.cp_method == "ring":
             block = (keys + values) * own
             back = block + (keys + values) * self.tokens * _FP32
@@ -131,24 +149,24 @@ class _Stage:
             total["cp", "all_to_all"] = (2 + again) * there
         return total
 
-    def _experts(self, layer: int) -> Traffic:
+    def _experts(self, layer: int, recompute: Recompute) -> Traffic:
         """Tokens to their experts and back, and their gradients."""
         plan, config, total = self.plan, self.config, _nothing()
         if plan.ep == 1 or config.experts is None or not config.is_sparse(layer):
             return total
-        again = _repeats(self.recompute)
+        again = _repeats(recompute)
         rows = gathered(config.experts.per_token * self.stream, plan.ep)
         counts = gathered(_INT64 * config.experts.count, plan.ep)
         total["ep", "all_to_all"] = (4 + 2 * again) * rows + (1 + again) * counts
         return total
 
-    def _balance(self, layer: int) -> Traffic:
+    def _balance(self, layer: int, recompute: Recompute) -> Traffic:
         """A row's picks of experts, for the balance loss, where its columns are elsewhere."""
         plan, spec = self.plan, self.config.experts
         if plan.cp == 1 or spec is None or not spec.layers[layer] or not spec.balance_loss:
             return {}
         picks = reduced(_INT64 * plan.micro_batch * spec.count, plan.cp)
-        return {("cp", "all_reduce"): (1 + _repeats(self.recompute)) * picks}
+        return {("cp", "all_reduce"): (1 + _repeats(recompute)) * picks}
 
     def _vocabulary(self) -> Traffic:
         """The embedding's sum, the head's inputs, and three numbers a token of the loss."""

@@ -71,6 +71,10 @@ class Adapter(Section):
             )
         return self
 
+    def __hash__(self) -> int:
+        # Its lists would forbid it; the planner remembers what it found out of each adapter.
+        return hash((self.rank, self.quantise, self.dora))
+
     @property
     def scale_alpha(self) -> float:
         """`alpha`, or twice the rank."""

@@ -124,7 +124,8 @@ def _expects_one(kind: Any, metadata: tuple[Any, ...]) -> str:
     if origin is dict:
         return "keys with values"
     if is_section(kind):
-        return "a section of keys" + (", or plain text" if kind.shorthand else "")
+        plain = ["plain text"] if kind.shorthand else [f"`{word}`" for word in kind.words]
+        return ", or ".join(["a section of keys", *plain])
     words = {int: "a whole number", float: "a number", str: "text", Path: "a path"}
     return words[kind] + _bounds(metadata)
 

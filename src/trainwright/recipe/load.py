@@ -47,7 +47,8 @@ _LARGEST_FILE = 10_000_000
 class Draft:
     """A recipe whose parts may be broken: each broken one is None and named in `broken`.
 
-    `tokenizer`, `adapter` and `run_directory` are also None where they are simply left out.
+    `tokenizer`, `adapter`, `cluster` and `run_directory` are also None where they are simply left
+    out.
     """
 
     name: str | None = None
@@ -62,6 +63,7 @@ class Draft:
     optimizer: Optimizer | None = None
     schedule: Schedule | None = None
     parallel: Parallel | None = None
+    cluster: Path | None = None
     checkpoint: Checkpoint | None = None
     evaluation: Evaluation | None = None
     tracking: Tracking | None = None

@@ -28,7 +28,9 @@ def apply_overrides(document: Document, overrides: Iterable[str]) -> None:
             path, text = _parse(override)
             value = parse_value(text, COMMAND_LINE)
             section = section_at(path)
-            if section is not None and section.shorthand and isinstance(value, str):
+            if section is not None and isinstance(value, str) and value in section.words:
+                value = section.expand(value)
+            elif section is not None and section.shorthand and isinstance(value, str):
                 # `optimizer=muon` names the optimizer and keeps the section's other keys.
                 replaces_all = isinstance(path[-1], int)
                 path = path if replaces_all else (*path, section.shorthand)

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from trainwright.recipe.section import Count, NotTruth, Section, Share
 
 Recompute = Literal["none", "full", "selective"] | Share
 
+# Keys beside which the layout is still searched for; every other one makes part of a layout.
+OPEN_KEYS = frozenset({"workers", "micro_batch", "threads"})
+
 
 class Parallel(Section):
-    """How the work is spread. What is left out is derived from the machine.
+    """How the work is spread. `auto`, the default, searches for what is quickest on the machine.
 
-    `pp` × `dp_replicate` × `dp_shard` × `cp` × `tp` are the workers; what works with what stands in
-    docs/parallelism.md.
+    `workers`, `micro_batch` and `threads` are kept by the search. With any other key nothing is
+    searched: what is given is kept, and the rest derived from it. `pp` × `dp_replicate` ×
+    `dp_shard` × `cp` × `tp` are the workers; what works with what stands in docs/parallelism.md,
+    how is searched in docs/planner.md.
     """
+
+    words = ("auto",)
 
     workers: Count | Literal["auto"] = Field(
         "auto",
         description="Local worker processes; `auto` is one a GPU, and on a CPU as many as the "
-        "degrees below make.",
+        "degrees below make, or as are quickest where none is given.",
     )
     dp_replicate: Count | None = Field(
         None,
@@ -45,6 +52,12 @@ class Parallel(Section):
         1,
         description="Workers over which each matrix product, and the stream between, is cut "
         "(tensor and sequence parallelism). For wide models on workers with fast links.",
+    )
+    whole: list[Literal["attention", "network"]] = Field(
+        [],
+        description="Parts of every block that `tp` does not cut: each worker has all of their "
+        "weights and does its own tokens. For heads or widths that `tp` does not divide.",
+        examples=[["attention"]],
     )
     cp: Count = Field(1, description="Workers over which each row's tokens are cut. For long rows.")
     cp_method: Literal["ring", "all_gather", "ulysses"] = Field(
@@ -82,6 +95,12 @@ class Parallel(Section):
         "stages hold the most activations.",
         examples=[["full", "none"]],
     )
+    recompute_by_layer: list[Recompute] | None = Field(
+        None,
+        description="`training.recompute` of each layer, in the model's order. The first layers of "
+        "a stage had better recompute the most: they go backward when the others' memory is free.",
+        examples=[["full", "full", "selective", "none"]],
+    )
     ep: Count = Field(
         1,
         description="Workers of a `dp_shard` group over which the experts of a mixture are dealt "
@@ -95,6 +114,28 @@ class Parallel(Section):
     micro_batch: Count | Literal["auto"] = Field(
         "auto", description="Rows a worker puts through the model at once."
     )
+    rows_by_replica: list[Count] | None = Field(
+        None,
+        description="Rows of a step that each of the `dp_replicate` replicas takes; default "
+        "equally many. They sum to the batch. For replicas on devices of unequal speed.",
+        examples=[[12, 4]],
+    )
     threads: Count | Literal["auto"] = Field(
         "auto", description="CPU threads a worker; `auto` shares the cores out evenly."
     )
+
+    @property
+    def replicas(self) -> int | None:
+        """`dp_replicate`, or as many as `rows_by_replica` has numbers; None where none is given."""
+        return self.dp_replicate or (len(self.rows_by_replica or ()) or None)
+
+    @property
+    def is_searched(self) -> bool:
+        """Whether the layout is the planner's to choose: none of its keys is given."""
+        return self.model_fields_set <= OPEN_KEYS
+
+    @model_serializer(mode="wrap")
+    def _without_a_layout(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A layout that is searched is not written out: read again, its keys would be given."""
+        values = handler(self)
+        return {k: v for k, v in values.items() if k in OPEN_KEYS or not self.is_searched}

@@ -53,6 +53,7 @@ def resolve_paths(tree: dict[str, Any], document: Document, folder: Path) -> Non
 
 def _places(tree: dict[str, Any]) -> Iterator[_Place]:
     yield _Place(tree, "run_directory", ("run_directory",), "folder")
+    yield _Place(tree, "cluster", ("cluster",), "folder")
     for name, key in _NAMES:
         if isinstance(tree.get(name), dict):
             yield _Place(tree[name], key, (name, key), "name")

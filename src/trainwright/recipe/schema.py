@@ -92,12 +92,12 @@ class Training(Section):
     gradient_clip: Positive | None = Field(
         1.0, description="Largest global norm of the gradients; null leaves them alone."
     )
-    recompute: Recompute = Field(
+    recompute: Recompute | Literal["auto"] = Field(
         "none",
         description="Activations recomputed in the backward pass, to save memory: `none`, all of "
         "each block (`full`), all but the outputs of matrix products and attention (`selective`), "
-        "or a number from 0 (keep nothing) to 1 (keep all) that torch.compile meets at the least "
-        "cost.",
+        "a number from 0 (keep nothing) to 1 (keep all) that torch.compile meets at the least "
+        "cost; or `auto`, each layer's own of the first three, the quickest that fit into memory.",
     )
     activation_offload: bool = Field(
         False,
@@ -312,6 +312,12 @@ class Recipe(Section):
     optimizer: Optimizer = Field(default_factory=Optimizer, description="The update rule.")
     schedule: Schedule = Field(default_factory=Schedule, description="Learning rate over the run.")
     parallel: Parallel = Field(default_factory=Parallel, description="How the work is spread.")
+    cluster: Path | None = Field(
+        None,
+        description="A cluster.yaml: the machines that a launcher such as torchrun starts this on, "
+        "and the links between them. Left out, every machine is taken to be like this one.",
+        examples=["cluster.yaml"],
+    )
     checkpoint: Checkpoint = Field(default_factory=Checkpoint, description="What is saved.")
     evaluation: Evaluation = Field(default_factory=Evaluation, description="What is measured.")
     tracking: Tracking = Field(default_factory=Tracking, description="Where metrics go.")

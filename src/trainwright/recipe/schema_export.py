@@ -67,6 +67,10 @@ def json_schema() -> dict[str, Any]:
         if sections[name].shorthand:
             described = {"description": definition.pop("description", "")}
             schema["$defs"][name] = {**described, "anyOf": [{"type": "string"}, definition]}
+        elif sections[name].words:
+            described = {"description": definition.pop("description", "")}
+            words = {"enum": list(sections[name].words)}
+            schema["$defs"][name] = {**described, "anyOf": [words, definition]}
     return {
         "$schema": "https://json-schema.org/draft/2020-12/schema",
         "title": "Trainwright recipe",
@@ -127,7 +131,7 @@ def _default(field: FieldInfo) -> str:
     if value is None:
         return ""
     if isinstance(value, Section):
-        return "its own defaults"
+        return f"`{value.words[0]}`" if value.words else "its own defaults"
     if isinstance(value, list) and value and isinstance(value[0], Section):
         return "`[python-stdlib]`"
     text = json.dumps(list(value)) if isinstance(value, tuple) else json.dumps(value)

@@ -38,12 +38,16 @@ class Section(BaseModel):
 
     # The key that a plain string in this section's place stands for.
     shorthand: ClassVar[str] = ""
+    # Words that stand for the section with none of its keys given.
+    words: ClassVar[tuple[str, ...]] = ()
     # Groups of keys of which one excludes the others: "steps | epochs | tokens".
     alternatives: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def expand(cls, value: Any) -> Any:
         """A plain string as the keys that it stands for; everything else as it is."""
+        if isinstance(value, str) and value in cls.words:
+            return {}
         return {cls.shorthand: value} if cls.shorthand and isinstance(value, str) else value
 
     @model_validator(mode="before")

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from trainwright.planner.plan_record import RECORD_FILE
 from trainwright.report.records import METRICS_FILE, Record, iterate_metrics
 
 COLUMNS = (
@@ -116,6 +117,9 @@ def read_history(run_directory: Path) -> History:
             history.texts[name] = path.read_text(errors="replace")
         else:
             history.missing.append(f"{name} ({purpose})")
+    foretold = run_directory / RECORD_FILE
+    if foretold.is_file():  # runs of older releases have none
+        history.texts[RECORD_FILE] = foretold.read_text(errors="replace")
     return history
 
 

@@ -18,6 +18,7 @@ from markupsafe import Markup
 from trainwright.errors import UserError
 from trainwright.files import write_atomically
 from trainwright.report.charts import Chart, draw_charts
+from trainwright.report.foretold import foretold_charts, plan_record, step_rows, trial_rows
 from trainwright.report.history import (
     LAST_STEPS,
     History,
@@ -87,6 +88,7 @@ def render(history: History) -> str:
     style, _, _ = loader.loader.get_source(loader, "page.css")  # type: ignore[union-attr]
     shown = latest_samples(history)
     charts: list[Chart] = draw_charts(history)
+    record = plan_record(history)
     return loader.get_template("page.html").render(
         style=Markup(style),
         name=run_name(history),
@@ -96,6 +98,11 @@ def render(history: History) -> str:
         warnings=warnings(history),
         charts=charts,
         tasks=task_rows(history),
+        foretold=step_rows(history, record),
+        reason="" if record is None else record.reason,
+        rates="" if record is None or record.prediction is None else record.prediction.source,
+        foretold_charts=foretold_charts(record),
+        trials=trial_rows(record),
         traffic=traffic_rows(history),
         sampled=shown,
         hidden_samples=len({record["step"] for record in history.samples}) - len(shown),

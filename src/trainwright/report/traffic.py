@@ -48,6 +48,13 @@ def traffic_rows(history: History) -> list[TrafficRow]:
     return rows
 
 
+def measured_traffic(history: History) -> float | None:
+    """Bytes that the first worker sent in a step, over all dimensions; None where it is alone."""
+    if not history.traffic:
+        return None
+    return sum(_medians(steps)[0] for steps in history.traffic.values())
+
+
 def predicted_traffic(history: History) -> dict[str, float]:
     """Bytes a step that the closed formulas give for the run's model and plan.
 

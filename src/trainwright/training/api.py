@@ -51,14 +51,16 @@ def train(
     say: Callable[[str], None] = lambda message: None,
     from_step: int | None = None,
     verbose: bool = False,
+    tune: int = 0,
 ) -> RunResult | None:
     """Train a recipe to its end, or continue its run: the export and the report included.
 
     `recipe` is a Recipe or a YAML file, `overrides` are "key.path=value". A run goes on from its
     newest checkpoint, or from `from_step`: newer ones are then set aside. `verbose` shows each
-    dimension's traffic while it trains. Starts the workers
-    itself; in a process that torchrun or the like started, joins the others instead (and
-    returns None on every rank but the first). Raises UserError, RunInterrupted or WorkerFailed.
+    dimension's traffic while it trains. `tune` tries so many plans for a few steps each, and
+    follows the quickest. Starts the workers itself; in a process that torchrun or the like
+    started, joins the others instead (and returns None on every rank but the first). Raises
+    UserError, RunInterrupted or WorkerFailed.
     """
     if isinstance(recipe, Recipe):
         # Read like a file in the current folder: overrides, paths and checks are then the same.
@@ -69,12 +71,20 @@ def train(
         recipe = load_recipe(path, overrides, recipe_checks)
         recipe_text = path.read_text()
     if is_launched():
+        if tune:
+            what = "--tune starts and ends workers itself, and a launcher has started these"
+            raise UserError(what, fix="tune with `trainwright train` on one of the machines")
         return _train_launched(recipe, recipe_text, say, from_step, verbose)
     run = open_run(recipe)
     with locked(run):
         _rewind(run, from_step)
-        plan, _ = prepare_run(run, recipe, recipe_text, say)
+        choice = prepare_run(run, recipe, recipe_text, say, plans=tune)
         check_further(run)
+        plan = choice.plan
+        if tune:
+            from trainwright.training.tune import tune as try_plans
+
+            plan = try_plans(run, choice, tune, say)
         launch_workers(run.path, plan, verbose=verbose)
         return finish_run(run)
 
@@ -122,7 +132,11 @@ def _train_launched(
 
 def finish_run(run: RunDirectory) -> RunResult:
     """Export the last step as the recipe says, and upload it; write the report."""
+    # The cost model loads scipy, which the other workers of a launcher do without.
+    from trainwright.training.tune import learn_from
+
     recipe = run.read_recipe()
+    learn_from(run)
     exported = export(run) if recipe.export.at_end else None
     result = RunResult(
         run.path, exported, write_report(run.path), result_figures(run, complete_step(run))

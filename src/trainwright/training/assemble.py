@@ -42,6 +42,7 @@ from trainwright.training.adapting import (
 from trainwright.training.calibrate import peak_flops
 from trainwright.training.hooks import CheckpointHook, EvaluationHook, MetricsHook
 from trainwright.training.loop import Hook, Trainer
+from trainwright.training.machine import usable_cores
 from trainwright.training.metrics import MetricsWriter
 from trainwright.training.prepare import pretrained_directory, total_steps
 from trainwright.training.progress import Progress
@@ -167,7 +168,9 @@ def _built(
 def assemble(run: RunDirectory, world: World) -> Assembled:
     """Build this worker's part of the run and take up the newest complete checkpoint."""
     recipe, plan = run.read_recipe(), run.read_plan()
-    torch.set_num_threads(plan.threads)  # a launcher's OMP_NUM_THREADS knows nothing of the plan
+    # A launcher's OMP_NUM_THREADS knows nothing of the plan, and the plan nothing of a machine with
+    # fewer cores than the first worker's.
+    torch.set_num_threads(min(plan.threads, usable_cores()))
     data = open_data(run.path)
     steps = total_steps(recipe, data.train)
     spread_model = build_model(run, recipe, plan, world)
@@ -195,12 +198,10 @@ def assemble(run: RunDirectory, world: World) -> Assembled:
         )
         step.loss_scale.restore(meta["loss_scale"])
 
-    per_rank = recipe.batch_sequences // plan.data_ranks
-    first = spread_model.mesh.index("data") * per_rank
     trainer = Trainer(
         recipe=recipe,
         data=data.train,
-        rows=slice(first, first + per_rank),
+        rows=plan.rows_of(spread_model.mesh.index("data")),
         step=step,
         total_steps=steps,
         start=start,
@@ -238,13 +239,14 @@ def assemble(run: RunDirectory, world: World) -> Assembled:
         writer,
     )
     hooks: list[Hook] = [evaluation, checkpoints]
+    peaks = world.gather(peak_flops(world.device, plan.precision))
     if writer is not None and progress is not None:
         metrics = MetricsHook(
             writer,
             progress,
             log_every=recipe.tracking.log_every,
             tokens_per_step=plan.batch_tokens,
-            mfu_tokens_per_second=_full_speed(run, plan, world),
+            mfu_tokens_per_second=_full_speed(run, plan, peaks),
             device=world.device,
         )
         hooks.insert(0, metrics)
@@ -277,14 +279,17 @@ def build_all_optimizers(
     )
 
 
-def _full_speed(run: RunDirectory, plan: Plan, world: World) -> float | None:
-    """Tokens a second at an MFU of 1; None where the model's FLOPs or the peak are not known."""
-    hf_config, peak = run.read_model_config(), peak_flops(world.device, plan.precision)
-    if hf_config["model_type"] not in FAMILIES or peak is None:
+def _full_speed(run: RunDirectory, plan: Plan, peaks: Sequence[float | None]) -> float | None:
+    """Tokens a second at an MFU of 1; None where the model's FLOPs or a peak are not known.
+
+    `peaks` are the workers' FLOP/s, whose devices may differ.
+    """
+    hf_config = run.read_model_config()
+    known = [peak for peak in peaks if peak is not None]
+    if hf_config["model_type"] not in FAMILIES or len(known) < len(peaks):
         return None
-    return (
-        peak * world.size / (3 * flops_per_token(decoder_config(hf_config), plan.sequence_length))
-    )
+    flops = 3 * flops_per_token(decoder_config(hf_config), plan.sequence_length)
+    return sum(known) / flops
 
 
 def _first_worker_only(

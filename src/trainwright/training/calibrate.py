@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -21,24 +20,9 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from trainwright.planner.cluster.catalogue import device_by_driver
 
-# Dense bf16 rate with fp32 accumulation in FLOP/s, from the makers' data sheets (where those give
-# the rate with sparsity, half of it); fp16 has the same on all of these. First match wins.
-CUDA_PEAKS: tuple[tuple[str, float], ...] = (
-    (r"\bB200\b", 2250e12),
-    (r"\bH200 NVL\b", 835e12),
-    (r"\b(H200|GH200)\b", 989e12),
-    (r"\bH100 PCIe\b", 756e12),
-    (r"\bH100 NVL\b", 835e12),
-    (r"\bH100\b", 989e12),  # SXM calls itself "NVIDIA H100 80GB HBM3"
-    (r"\bA100\b", 312e12),
-    (r"\bL40S\b", 362e12),
-    (r"\bL4\b", 121e12),
-    (r"\bRTX 5090$", 209.5e12),  # at the end: the "D" and "Laptop GPU" variants are slower
-    (r"\bRTX 4090$", 165.2e12),
-    (r"\bMI300X\b", 1307e12),
-)
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -92,7 +76,8 @@ def peak_flops(device: torch.device | str, precision: str) -> float | None:
 
 def cuda_peak(name: str) -> float | None:
     """The dense bf16 FLOP/s of a device by the name that its driver gives, None if not listed."""
-    return next((peak for pattern, peak in CUDA_PEAKS if re.search(pattern, name)), None)
+    known = device_by_driver(name)
+    return None if known is None else known.peak_flops["bf16"]
 
 
 def measure_matmul(

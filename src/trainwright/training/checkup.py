@@ -38,6 +38,7 @@ CORE = {
     "rich": "rich",
     "jinja2": "jinja2",
     "psutil": "psutil",
+    "scipy": "scipy",
 }
 EXTRAS = {
     "track": ("tensorboard", "wandb", "trackio"),

@@ -64,8 +64,12 @@ def worker_environment(plan: Plan) -> dict[str, str]:
     return {name: value for name, value in wanted.items() if name not in os.environ}
 
 
-def launch_workers(run_directory: Path, plan: Plan, *, verbose: bool = False) -> None:
+def launch_workers(
+    run_directory: Path, plan: Plan, *, verbose: bool = False, trial_steps: int | None = None
+) -> None:
     """Run the plan's workers until all are done; `verbose` shows more while they train.
+
+    With `trial_steps` they take no more steps than that, show and save nothing.
 
     Raises UserError with a worker's own mistakes, RunInterrupted, or WorkerFailed.
     """
@@ -101,6 +105,7 @@ def launch_workers(run_directory: Path, plan: Plan, *, verbose: bool = False) ->
                 "trainwright.training.worker",
                 str(run_directory),
                 *(["--verbose"] if verbose else []),
+                *([] if trial_steps is None else ["--trial", str(trial_steps)]),
             )
         except ChildFailedError as error:
             starved = childrens_peak() if oom_kills() != kills else None

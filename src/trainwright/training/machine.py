@@ -60,6 +60,7 @@ def detect_machine() -> Machine:
         can_compile=compile_obstacle(kind) is None,
         launched=int(os.environ.get("WORLD_SIZE", "0")) if "RANK" in os.environ else 0,
         free_bytes=0 if devices else free_memory(),
+        device_name=torch.cuda.get_device_name(0) if devices else cpu_name(),
         has_float8=devices > 0
         and all(torch.cuda.get_device_capability(index) >= (8, 9) for index in range(devices)),
     )

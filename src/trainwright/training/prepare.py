@@ -7,6 +7,7 @@ import math
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from trainwright.data.batches import Batches
 from trainwright.data.prepare import PreparedData, prepare_data
@@ -17,17 +18,29 @@ from trainwright.models.families import FAMILIES, DecoderConfig, decoder_config,
 from trainwright.models.scoring import with_head
 from trainwright.planner.beside import Beside, tokens_mistake, vocabulary_mistake
 from trainwright.planner.budget import Budget, memory_budget
-from trainwright.planner.explain import advice_lines, explain_plan
-from trainwright.planner.make import make_plan, memory_advice
-from trainwright.planner.plan import Plan
-from trainwright.recipe.load import dump_recipe
+from trainwright.planner.explain import advice_lines, explain_plan, foretold
+from trainwright.planner.make import memory_advice
+from trainwright.planner.plan import Machine
+from trainwright.planner.plan_record import lasting_facts
+from trainwright.recipe.load import different_keys, dump_recipe
 from trainwright.recipe.presets import model_config
 from trainwright.recipe.schema import ModelSection, Recipe
 from trainwright.training.machine import detect_machine, environment_facts
 from trainwright.training.run_directory import RunDirectory
 from trainwright.training.tasks import check_tasks
 
+if TYPE_CHECKING:
+    from trainwright.planner.choose import Choice
+
 GENERATION = "generation_config.json"
+# What a run may change when it goes on, and what its plan depends on.
+DECIDE_THE_PLAN = (
+    "parallel",
+    "cluster",
+    "training.recompute",
+    "training.activation_offload",
+    "training.compile",
+)
 
 
 def total_steps(recipe: Recipe, train: Batches) -> int:
@@ -42,14 +55,24 @@ def total_steps(recipe: Recipe, train: Batches) -> int:
 
 
 def prepare_run(
-    run: RunDirectory, recipe: Recipe, recipe_text: str | None, say: Callable[[str], None]
-) -> tuple[Plan, PreparedData]:
-    """Put into the run directory all that its workers read.
+    run: RunDirectory,
+    recipe: Recipe,
+    recipe_text: str | None,
+    say: Callable[[str], None],
+    *,
+    plans: int = 0,
+) -> Choice:
+    """Put into the run directory all that its workers read; the plan, with those ranked below it.
 
-    `recipe_text` is the YAML as the user wrote it; `say` is told what takes long. Raises UserError
-    for what cannot be trained.
+    `recipe_text` is the YAML as the user wrote it; `say` is told what takes long. `plans` are
+    wanted to be tried. Raises UserError for what cannot be trained.
     """
+    # The search loads scipy, and every worker imports this module.
+    from trainwright.planner.choose import choose_plan
+
     run.logs.mkdir(exist_ok=True)
+    machine = detect_machine()
+    kept = None if plans else kept_choice(run, recipe, machine)
     if not run.has_trained:
         # Nothing was learnt here yet: a corrected recipe takes the place of the one before.
         for file in (run.recipe, run.data):
@@ -67,10 +90,14 @@ def prepare_run(
     check_tasks(recipe.evaluation.tasks, data.tokenizer_directory, most)
     steps = total_steps(recipe, data.train)
     beside = _model_beside(recipe, hf_config, data.tokenizer_directory)
-    machine = detect_machine()
-    plan = make_plan(recipe, machine, config, steps, native=config is not None, beside=beside)
+    native = config is not None
+    visible = data.train.packing_figures().visible
+    choice = kept or choose_plan(
+        recipe, machine, config, steps, native, beside, top=plans, visible_share=visible
+    )
+    plan = choice.plan
     budget = memory_budget(recipe, plan, config, machine, beside) if config is not None else None
-    for line in _overview(run, recipe, plan, config, data, steps, directory, budget):
+    for line in _overview(run, recipe, choice, config, data, steps, directory, budget):
         say(line)
     if config is not None and budget is not None and not budget.fits():
         say("  That may be more memory than there is.")
@@ -79,9 +106,27 @@ def prepare_run(
     write_json(run.model_config, hf_config)
     if directory is not None and (directory / GENERATION).is_file():
         shutil.copyfile(directory / GENERATION, run.model_config.with_name(GENERATION))
-    write_atomically(run.plan, plan.to_json())
+    if kept is None:
+        run.write_plan(choice.record(machine))
     write_json(run.environment, environment_facts())
-    return plan, data
+    return choice
+
+
+def kept_choice(run: RunDirectory, recipe: Recipe, machine: Machine) -> Choice | None:
+    """The plan that a run began with, where it goes on as it was; None where it is planned anew.
+
+    That is on another machine or number of workers, or where keys have changed that a plan depends
+    on. Raises UserError where plan.json is not the run's own.
+    """
+    from trainwright.planner.choose import Choice
+
+    if not run.has_trained or (record := run.read_plan_record()) is None:
+        return None
+    if record.machine != lasting_facts(machine):
+        return None
+    if any(key.startswith(DECIDE_THE_PLAN) for key in different_keys(run.read_recipe(), recipe)):
+        return None
+    return Choice(record.plan, record.origin, record.reason, prediction=record.prediction)
 
 
 def _model_beside(recipe: Recipe, hf_config: dict, tokenizer: Path) -> Beside | None:
@@ -107,7 +152,7 @@ def _model_beside(recipe: Recipe, hf_config: dict, tokenizer: Path) -> Beside | 
 def _overview(
     run: RunDirectory,
     recipe: Recipe,
-    plan: Plan,
+    choice: Choice,
     config: DecoderConfig | None,
     data: PreparedData,
     steps: int,
@@ -118,6 +163,7 @@ def _overview(
     origin = recipe.model.path or f"new {recipe.model.family}"
     if config is not None and directory is not None and has_new_head(config, directory):
         origin += ", with a new score head"
+    plan = choice.plan
     epochs = steps * plan.batch_sequences / data.train.rows_per_epoch
     held_out = sum(batches.documents for batches in data.validation.values())
     rows = [
@@ -127,7 +173,9 @@ def _overview(
         ("held out", f"{held_out:,} documents"),
         ("vocabulary", f"{data.vocabulary:,}"),
         ("steps", f"{steps:,} ({epochs:.2g} epochs)"),
+        ("plan", choice.reason),
         *explain_plan(plan, config, budget),
+        *foretold(choice.prediction),
     ]
     return (f"  {name:<15}{value}" for name, value in rows)
 

@@ -2,6 +2,7 @@
 
 recipe.yaml       as given           resolved.yaml     with defaults, presets and overrides
 plan.json         how it is spread   environment.json  machine and versions
+prediction.json   what is foretold of it, and how it was chosen
 model/            config.json        tokenizer/        as exported
 metrics.jsonl     one line a record  logs/             output by rank
 checkpoints/      step-00000100/     export/           Hugging Face directory
@@ -19,7 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainwright.errors import Mistake, UserError
-from trainwright.planner.plan import Plan
+from trainwright.files import write_atomically
+from trainwright.planner.plan import Plan, changed_plan
+from trainwright.planner.plan_record import RECORD_FILE, PlanRecord, recorded_hash
 from trainwright.recipe.load import different_keys, load_recipe
 from trainwright.recipe.schema import Recipe
 from trainwright.report.find import runs_near
@@ -30,6 +33,7 @@ from trainwright.report.records import METRICS_FILE
 FREE_TO_CHANGE = (
     "run_directory",
     "parallel",
+    "cluster",
     "checkpoint",
     "evaluation",
     "tracking",
@@ -67,6 +71,11 @@ class RunDirectory:
     def plan(self) -> Path:
         """How the work is spread."""
         return self.path / "plan.json"
+
+    @property
+    def prediction(self) -> Path:
+        """How the plan was chosen, and what was foretold of it."""
+        return self.path / RECORD_FILE
 
     @property
     def environment(self) -> Path:
@@ -112,8 +121,34 @@ class RunDirectory:
         return load_recipe(self.resolved)
 
     def read_plan(self) -> Plan:
-        """The plan that the workers follow."""
-        return Plan.from_json(self.plan.read_text())
+        """The plan that the workers follow.
+
+        Raises UserError where it is not the one that the run's records name.
+        """
+        text = self.plan.read_text()
+        plan = Plan.from_json(text)
+        told = recorded_hash(self.prediction.read_text()) if self.prediction.is_file() else None
+        # The file's own hash, for that of the plan changes when a release knows more of plans.
+        found = recorded_hash(text, "hash") or plan.hash
+        if told not in (None, found):
+            raise changed_plan(told, found)
+        return plan
+
+    def write_plan(self, record: PlanRecord) -> None:
+        """Keep a plan for the workers, with how it was chosen."""
+        # A crash between the two leaves a plan without a record, never one with another's.
+        self.prediction.unlink(missing_ok=True)
+        write_atomically(self.plan, record.plan.to_json(record.origin))
+        write_atomically(self.prediction, record.to_json())
+
+    def read_plan_record(self) -> PlanRecord | None:
+        """How the run's plan was chosen; None where it has no plan, or no record of it.
+
+        Raises UserError as `read_plan` does.
+        """
+        if not (self.plan.is_file() and self.prediction.is_file()):
+            return None
+        return PlanRecord.from_json(self.prediction.read_text(), self.read_plan())
 
     def read_model_config(self) -> dict:
         """The model's Hugging Face config as a dictionary."""

@@ -175,8 +175,7 @@ class Trial:
 
     def train(self, index: int) -> StepStats:
         """The step of that number, on this worker's rows of its batch."""
-        own = self.rows // self.plan.data_ranks
-        first = self.model.mesh.index("data") * own
+        own = self.plan.rows_of(self.model.mesh.index("data"))
         shape = {
             "rows": self.rows,
             "sequence": self.plan.sequence_length,
@@ -187,8 +186,8 @@ class Trial:
             whole = made_examples(index, **shape, parts=self.recipe.objective.sequences)
         else:
             whole = made_batch(index, **shape)
-        batch = rows_of(whole, slice(first, first + own))
-        return self.step(batch, self.recipe.optimizer.learning_rate, first, index=index)
+        batch = rows_of(whole, own)
+        return self.step(batch, self.recipe.optimizer.learning_rate, own.start, index=index)
 
 
 def stir(model: Model, seed: int) -> None:

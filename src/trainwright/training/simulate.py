@@ -105,7 +105,9 @@ def refuse(recipe: Recipe, config: DecoderConfig | None) -> None:
         what = "ring attention decides by values what it skips, and a simulated rank has none"
         fix = "write `cp_method: all_gather` or `ulysses`"
         mistakes.append(Mistake(what, fix, key="parallel.cp_method"))
-    policies = (recipe.training.recompute, *(recipe.parallel.recompute_by_stage or ()))
+    parallel = recipe.parallel
+    by_part = (*(parallel.recompute_by_stage or ()), *(parallel.recompute_by_layer or ()))
+    policies = (recipe.training.recompute, *by_part)
     if any(not isinstance(policy, str) for policy in policies):
         what = "a recompute budget is met by compiling, and a simulated rank compiles nothing"
         mistakes.append(Mistake(what, "write `recompute: selective`", key="training.recompute"))
@@ -134,21 +136,21 @@ def simulate(recipe: Recipe, config: DecoderConfig, plan: Plan, rank: int = 0) -
                 recipe.training,
                 seed=recipe.seed,
             )
-            rows = plan.micro_batch * plan.accumulation
+            rows = plan.rows_of(model.mesh.index("data"))
             batch = made_batch(
                 0,
-                rows=rows,
+                rows=rows.stop - rows.start,
                 sequence=plan.sequence_length,
                 vocabulary=config.vocab_size,
                 seed=recipe.seed,
             )
-            first = model.mesh.index("data") * rows
             listen(seen)
             try:
-                step(batch, recipe.optimizer.learning_rate, first)
+                step(batch, recipe.optimizer.learning_rate, rows.start)
             finally:
                 stop_listening(seen)
-        formulas = traffic(config, plan, model.mesh.index("pp"))
+        place = model.mesh.index("pp"), model.mesh.index("dp_replicate")
+        formulas = traffic(config, plan, *place)
     resident = psutil.Process().memory_info().rss
     lines = tuple(seen.lines(formulas))
     return Simulation(plan, rank, lines, time.monotonic() - started, resident)

@@ -18,6 +18,7 @@ from trainwright.models.families import FAMILIES, decoder_config
 from trainwright.parallel.world import World
 from trainwright.planner.combinations import dimensions, enumerate_plans
 from trainwright.planner.plan import Plan
+from trainwright.planner.plan_words import in_words as in_words
 from trainwright.recipe.schema import Recipe
 from trainwright.training import sameness
 from trainwright.training.pool import WorkerPool, WorkersLostError
@@ -141,12 +142,17 @@ def features(plan: Plan) -> set[str]:
         single |= {plan.schedule}
         if len(set(plan.stage_layers)) > 1:
             single |= {"uneven"}
+    if plan.rows_by_replica:
+        single |= {"uneven rows"}
     if plan.dp_shard > 1:
         single |= {f"zero {plan.zero}"}
     if plan.cp > 1:
         single |= {plan.cp_method}
+    single |= {f"whole {part}" for part in plan.whole}
     if plan.recompute != "none":
         single |= {f"recompute {plan.recompute}"}
+    if plan.recompute_by_layer:
+        single |= {"recompute by layer"}
     pairs = {f"{a} + {b}" for a, b in itertools.combinations(sorted(single), 2)}
     return single | pairs
 
@@ -169,26 +175,6 @@ def choose(plans: Sequence[Plan], count: int, seed: int) -> list[Plan]:
     chosen += rest[: count - len(chosen)]
     order = {id(plan): number for number, plan in enumerate(plans)}
     return sorted(chosen, key=lambda plan: order[id(plan)])
-
-
-def in_words(plan: Plan) -> str:
-    """A plan in a line: only what is not as in one process."""
-    words = [f"{axis} {getattr(plan, axis)}" for axis in dimensions(plan)]
-    if plan.dp_shard > 1:
-        words.append(f"zero {plan.zero}")
-    if plan.cp > 1:
-        words.append(plan.cp_method)
-    if plan.pp > 1:
-        words.append(plan.schedule)
-        if plan.virtual_stages > 1:
-            words[-1] += f" × {plan.virtual_stages}"
-        if len(set(plan.stage_layers)) > 1:
-            words.append("layers " + "+".join(map(str, plan.stage_layers)))
-    if plan.recompute != "none":
-        words.append(f"recompute {plan.recompute}")
-    if plan.offload != "none":
-        words.append(f"offload {plan.offload}")
-    return ", ".join(words) or "one process"
 
 
 def as_record(outcome: Outcome) -> dict[str, Any]:

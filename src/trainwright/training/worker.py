@@ -1,10 +1,12 @@
-"""One worker of a run: `python -m trainwright.training.worker RUN [--verbose]`, by `launch`.
+"""One worker of a run: `python -m trainwright.training.worker RUN [--verbose] [--trial STEPS]`.
 
-Joins the other workers, builds its part of the model, takes up the newest checkpoint, trains.
+`launch` starts it. Joins the other workers, builds its part of the model, takes up the newest
+checkpoint, trains.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import sys
@@ -27,8 +29,10 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """Run the worker of a run directory; exit code 2 for a user's mistake, 1 for a fault."""
-    logs = Path(sys.argv[1]) / "logs"
-    _redirect_output(logs, int(os.environ.get("RANK", "0")))
+    arguments = parsed()
+    logs = arguments.run / "logs"
+    rank = int(os.environ.get("RANK", "0"))
+    _redirect_output(logs, rank, quiet=rank != 0 or arguments.trial is not None)
 
     # After the redirection: what importing torch has to say belongs in the log.
     try:
@@ -39,8 +43,10 @@ def main() -> None:
             from trainwright.training.run_directory import RunDirectory
 
             world = join_world()
-            run = RunDirectory(Path(sys.argv[1]))
-            finished = run_worker(run, world, verbose="--verbose" in sys.argv[2:])
+            run = RunDirectory(arguments.run)
+            finished = run_worker(
+                run, world, verbose=arguments.verbose, trial_steps=arguments.trial
+            )
             leave_world(world)
     except BaseException as error:
         if isinstance(error, UserError):  # any other has been told by `watched`
@@ -52,10 +58,22 @@ def main() -> None:
         (logs / INTERRUPTED_MARK).touch()
 
 
-def run_worker(run: RunDirectory, world: World, *, verbose: bool = False) -> bool:
+def parsed() -> argparse.Namespace:
+    """The command line's run directory, `verbose`, and `trial`, which is None or steps."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--verbose", action="store_true")
+    parser.add_argument("--trial", type=int, metavar="STEPS")
+    return parser.parse_args()
+
+
+def run_worker(
+    run: RunDirectory, world: World, *, verbose: bool = False, trial_steps: int | None = None
+) -> bool:
     """Train the run's remaining steps; False if the run was asked to stop before its end.
 
-    `verbose` shows each dimension's traffic.
+    `verbose` shows each dimension's traffic. With `trial_steps` it trains no more than so many, and
+    neither evaluates nor saves.
     """
     from trainwright.resilience.recorder import Recorder
     from trainwright.training.assemble import assemble
@@ -64,6 +82,8 @@ def run_worker(run: RunDirectory, world: World, *, verbose: bool = False) -> boo
     device = world.device.type
     with told_of_memory(device):
         assembled = assemble(run, world)
+    if trial_steps is not None:
+        shorten(assembled.trainer, trial_steps)
     if assembled.progress is not None:
         assembled.progress.standing.verbose = verbose
     meter = measure_traffic(assembled.trainer) if world.size > 1 and world.is_first else None
@@ -110,6 +130,14 @@ def told_of_memory(device: str, step: TrainStep | None = None) -> Iterator[None]
         raise measured(error, device, step) from error
 
 
+def shorten(trainer: Trainer, steps: int) -> None:
+    """Leave a trainer `steps` steps at most, of which it only keeps the metrics."""
+    from trainwright.training.hooks import MetricsHook
+
+    trainer.total_steps = min(trainer.total_steps, trainer.start + steps)
+    trainer.hooks = [hook for hook in trainer.hooks if isinstance(hook, MetricsHook)]
+
+
 def measure_traffic(trainer: Trainer) -> Meter:
     """Count this worker's collectives; each step's record gets what the step moved."""
     from trainwright.comm.meter import Meter
@@ -124,13 +152,13 @@ def measure_traffic(trainer: Trainer) -> Meter:
     return meter
 
 
-def _redirect_output(logs: Path, rank: int) -> None:
-    """Logs by rank. The first worker keeps the terminal for its progress line."""
+def _redirect_output(logs: Path, rank: int, *, quiet: bool) -> None:
+    """Logs by rank. The first worker keeps the terminal for its progress line, if not `quiet`."""
     logs.mkdir(parents=True, exist_ok=True)
     log = os.open(logs / f"rank{rank}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     sys.stderr.flush()
     os.dup2(log, 2)
-    if rank != 0:
+    if quiet:
         sys.stdout.flush()
         os.dup2(log, 1)
     os.close(log)

@@ -1,0 +1,1 @@
+"""What a plan costs: seconds, bytes, joules, and how sure that is."""

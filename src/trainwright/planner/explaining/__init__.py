@@ -1,0 +1,1 @@
+"""What `trainwright plan` says: the best plans, why others lost, what would change it."""
