@@ -51,6 +51,7 @@ class Tested:
 
     run: Run
     seconds: float
+    spread: float  # relative half width of the interval
     null: float
 
     @property
@@ -58,6 +59,11 @@ class Tested:
         """Relative, positive where the prediction was too long."""
         assert self.run.step_seconds is not None
         return self.seconds / self.run.step_seconds - 1
+
+    @property
+    def inside(self) -> bool:
+        """Whether the measured step is within the interval."""
+        return abs(math.log(1 + self.error)) <= math.log(1 + self.spread)
 
 
 def main() -> None:
@@ -130,9 +136,9 @@ def predict_others(runs: Sequence[Run], most: int) -> Predicted:
     for index, run in enumerate(runs):
         job, plan = _parts(run)
         cluster = machine(run, rates)
-        seconds = step_time(job, plan, cluster, simulated=False).total
-        seconds *= correction(observed, job, plan, rates.spread).factor
-        each = Tested(run, seconds, null * _flops(_measured(run)))
+        lean = correction(observed, job, plan, rates.spread)
+        seconds = lean.factor * step_time(job, plan, cluster, simulated=False).total
+        each = Tested(run, seconds, lean.spread, null * _flops(_measured(run)))
         (fitted if index in chosen else tested).append(each)
     constants = ", ".join(
         f"{name} {getattr(rates, name):.2g}"
@@ -164,8 +170,10 @@ def _machine_of(example: Run, measured: Measured, rates: Rates) -> Cluster:
 
 
 def errors(tested: Sequence[Tested]) -> Iterable[str]:
-    """A table: error, and rank correlation of FLOP/s, of each source, beside the null model."""
-    yield f"{'source':<26}{'rows':>5}{'MAPE':>8}{'null':>8}{'median':>8}{'worst':>8}{'rank':>7}"
+    """A table of each source: errors beside the null model's, rank correlation of FLOP/s, and how
+    many steps are inside the interval that should hold four of five."""
+    titles = ("rows", "MAPE", "null", "median", "worst", "rank", "inside")
+    yield f"{'source':<26}" + "".join(f"{title:>8}" for title in titles)
     groups = defaultdict(list)
     for each in tested:
         groups[each.run.source].append(each)
@@ -177,8 +185,9 @@ def errors(tested: Sequence[Tested]) -> Iterable[str]:
         off = np.abs([each.error for each in rows])
         null = np.abs([each.null / (each.run.step_seconds or 1) - 1 for each in rows])
         yield (
-            f"{source:<26}{len(rows):>5}{off.mean():>8.1%}{null.mean():>8.1%}"
-            f"{np.median(off):>8.1%}{off.max():>8.1%}{_rank(rows):>7.2f}"
+            f"{source:<26}{len(rows):>8}{off.mean():>8.1%}{null.mean():>8.1%}"
+            f"{np.median(off):>8.1%}{off.max():>8.1%}{_rank(rows):>8.2f}"
+            f"{np.mean([each.inside for each in rows]):>8.0%}"
         )
 
 

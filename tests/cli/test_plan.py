@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from typer.testing import CliRunner, Result
@@ -229,6 +230,34 @@ def test_a_trace_of_the_best_plan(files):
     assert plan(files, "--top", "1", "--timeline", str(target)).exit_code == 0
     events = json.loads(target.read_text())["traceEvents"]
     assert any(event["ph"] == "X" for event in events)
+
+
+def test_a_picture_of_the_plan_that_the_user_names(files):
+    target = files / "step.svg"
+    named = ("parallel.pp=4", "parallel.dp_shard=2", "parallel.micro_batch=4")
+    assert plan(files, "--top", "1", "--timeline", str(target), *named).exit_code == 0
+    drawing = ElementTree.parse(target).getroot()
+    texts = [each.text for each in drawing.iter() if each.tag.endswith("text")]
+    assert [f"rank {rank}" in texts for rank in range(5)] == [True] * 4 + [False]
+    # Eight micro-batches there and back on each of the ranks, whose boxes are a path for each kind.
+    rows = {
+        each.get("class"): each.get("d", "").count("M")
+        for each in drawing.iter()
+        if each.tag.endswith("path") and "slice F" in each.get("class", "")
+    }
+    assert rows["slice F"] == 8
+    assert {"forward", "backward", "memory"} <= set(texts)
+
+
+def test_how_each_operator_is_cut(files):
+    """Columns, then rows: Megatron-LM's cut, with the stream between cut along the tokens."""
+    shown = plan(files, "--top", "1", "--operators", "parallel.tp=4", "parallel.dp_shard=2")
+    cut = {line.split("  ")[0].split(" ×")[0]: line for line in shown.stdout.splitlines()}
+    assert " heads " in cut["self_attn.q_proj"] + " "
+    assert "channels" in cut["mlp.up_proj"] and "channels" in cut["mlp.down_proj"]
+    assert "vocabulary" in cut["lm_head"]
+    alone = plan(files, "--top", "1", "--operators", "parallel.dp_shard=8")
+    assert "No operator is cut" in alone.stdout
 
 
 def test_mistakes_are_told_together(files):

@@ -10,6 +10,7 @@ import typer
 if TYPE_CHECKING:
     from trainwright.planner.explaining.answer import Answer
     from trainwright.planner.plan import Machine
+    from trainwright.planner.search.ranking import Ranked
 
 EXAMPLE = """
 Examples:
@@ -43,7 +44,10 @@ def plan(
         typer.Option(help="A key of the machine or the recipe to change, as key=value."),
     ] = None,
     timeline: Annotated[
-        Path | None, typer.Option(help="Write the best plan's step as a trace for Perfetto.")
+        Path | None,
+        typer.Option(
+            help="Write your plan's step, or the best's: a trace for Perfetto; to .svg a picture."
+        ),
     ] = None,
     operators: Annotated[
         bool,
@@ -73,10 +77,15 @@ def plan(
         raise typer.Exit(2)  # as for every mistake in what was given
 
 
+def _shown(found: Answer) -> Ranked | None:
+    """The plan that the user names, where it is possible; else the best."""
+    return (found.named.ranked if found.named else None) or found.ranking.winner
+
+
 def _operators(found: Answer) -> list[str]:
     from trainwright.planner.search.sharding_words import sharding_lines
 
-    shown = (found.named.ranked if found.named else None) or found.ranking.winner
+    shown = _shown(found)
     if shown is None:
         return []
     lines = sharding_lines(found.question.job, shown.plan, shown.cluster)
@@ -91,18 +100,31 @@ def _machine() -> Machine:
 
 
 def _write_timeline(path: Path, found: Answer) -> None:
+    """A picture where the name ends in .svg, else a trace."""
     from trainwright.errors import UserError
+    from trainwright.files import write_atomically
     from trainwright.planner.cost.memory import memory_timeline
     from trainwright.planner.perfetto import write_trace
+    from trainwright.planner.plan_record import PlanRecord
     from trainwright.planner.step_slices import step_timeline
+    from trainwright.report.step_pictures import step_svg
 
-    winner = found.ranking.winner
-    if winner is None:
+    shown = _shown(found)
+    if shown is None:
         raise UserError("there is no plan to draw", fix="leave --timeline out to see why")
-    steps = step_timeline(winner.prediction)
-    memory = memory_timeline(found.question.job, winner.plan, steps, winner.cluster)
+    steps = step_timeline(shown.prediction)
+    memory = memory_timeline(found.question.job, shown.plan, steps, shown.cluster)
     try:
-        write_trace(path, winner.prediction, memory)
+        if path.suffix == ".svg":
+            record = PlanRecord(
+                shown.plan,
+                "searched",
+                prediction=shown.prediction,
+                memory=tuple(map(tuple, memory)),
+            )
+            write_atomically(path, step_svg(record))
+        else:
+            write_trace(path, shown.prediction, memory)
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise UserError(f"{path} cannot be written: {reason}", fix="name another file") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from html import escape
+from importlib import resources
 
 from trainwright.planner.cost.prediction import Prediction
 from trainwright.planner.plan_record import PlanRecord
@@ -95,6 +96,38 @@ def memory_picture(record: PlanRecord) -> tuple[str, Legend]:
         describe=lambda value: f"{significant(value)} GB",
     )
     return drawing, [(line.class_names, line.label) for line in lines]
+
+
+def step_svg(record: PlanRecord) -> str:
+    """Both pictures one above the other, as an SVG file that needs nothing else."""
+    assert record.prediction is not None
+    top, parts = 0, []
+    for title, (drawing, legend) in (
+        ("a step", timeline_picture(record.prediction)),
+        ("memory", memory_picture(record)),
+    ):
+        opening, _, inner = drawing.partition(">")
+        height = int(float(opening.split('viewBox="')[1].split('"')[0].split()[3]))
+        parts.append(_heading(title, legend, top + 22))
+        inner = inner.removesuffix("</svg>")
+        parts.append(f'<g class="chart" transform="translate(0 {top + 36})">{inner}</g>')
+        top += 36 + height + 12
+    size = f'width="{_WIDTH}" height="{top}" viewBox="0 0 {_WIDTH} {top}"'
+    style = resources.files(__package__).joinpath("page.css").read_text(encoding="utf-8")
+    background = '<rect width="100%" height="100%" style="fill: var(--card)"/>'
+    head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="system-ui, sans-serif">'
+    return "\n".join([head, f"<style>{style}</style>", background, *parts, "</svg>\n"])
+
+
+def _heading(title: str, legend: Legend, y: int) -> str:
+    """A picture's name, and what its colours mean, in a row."""
+    parts = [f'<text x="{LEFT}" y="{y}" style="fill: var(--text)">{escape(title)}</text>']
+    x = LEFT + 110
+    for names, label in legend:
+        parts.append(f'<path class="slice line {names}" d="M{x} {y - 4}h18" stroke-width="8"/>')
+        parts.append(f'<text class="tick" x="{x + 24}" y="{y}">{escape(label)}</text>')
+        x += 44 + 7 * len(label)
+    return f'<g class="chart">{"".join(parts)}</g>'
 
 
 def _peak(record: PlanRecord, rank: int) -> float:
