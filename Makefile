@@ -25,7 +25,8 @@ quickstart: install  ## train, evaluate, sample and export a small model of code
 
 .PHONY: test
 test: install check  ## checks and all tests but the long proofs
-	$(BIN)/python -m pytest -m 'not prove'
+	@# Two at a time, whole files: much of the time of one is waiting. Long files come first.
+	$(BIN)/python -m pytest -m 'not prove' -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: quick
 quick: install  ## the tests that take seconds

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 
 from tests.conftest import REPOSITORY
 
-PAGES = ["README.md", "docs/getting-started.md"]
+PAGES = ["README.md", "docs/getting-started.md", "docs/planner.md"]
 SHRUNK = [
     ("tokens: 900_000", "tokens: 12_288"),
     ("preset: 4m", "config: {hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, "
@@ -42,7 +43,7 @@ def folder(tmp_path_factory) -> Path:
     for before, after in SHRUNK:
         assert before in recipe, before
         recipe = recipe.replace(before, after)
-    (folder / "examples").mkdir()
+    shutil.copytree(REPOSITORY / "examples", folder / "examples")
     (folder / "examples" / "quickstart.yaml").write_text(recipe)
     texts = folder / "texts"
     texts.mkdir()
