@@ -225,6 +225,15 @@ def test_an_impossible_recipe_gets_the_three_cheapest_ways(large):
         assert way["run_dollars"] == pytest.approx(1000 * own["dollars"])
 
 
+def test_where_only_more_devices_help_they_are_of_different_kinds(files):
+    recipe = RECIPE.replace("preset: 1b", "preset: 70b").replace("sequences: 64", "sequences: 8")
+    (files / "recipe.yaml").write_text(recipe)  # a new model: there is nothing to adapt
+    ways = as_json(plan(files, "--json", machine="one.yaml"), code=2)["ways"]
+    assert len({way["devices"].split(" × ")[1] for way in ways}) == len(ways) == 3
+    prices = [way["run_dollars"] for way in ways]
+    assert prices == sorted(prices)
+
+
 def test_a_trace_of_the_best_plan(files):
     target = files / "step.json"
     assert plan(files, "--top", "1", "--timeline", str(target)).exit_code == 0

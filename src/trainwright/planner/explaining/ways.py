@@ -54,7 +54,7 @@ class Way:
 
 
 def ways_out(question: Question, nearest: Plan | None = None) -> list[Way]:
-    """The three cheapest ways, each of another kind, the cheapest first.
+    """The three cheapest ways, each of another kind as far as there are kinds, the cheapest first.
 
     `nearest` is the plan that comes nearest to fitting, where there is one.
     """
@@ -68,8 +68,19 @@ def ways_out(question: Question, nearest: Plan | None = None) -> list[Way]:
         _enough(question, [_NO_CHANGE], others, 2),
         _enough(question, adapters, [here, *others], 1),
     ]
-    cheapest = [min(found, key=_price) for kind in kinds if (found := list(kind))]
+    every = [sorted(kind, key=_price) for kind in kinds]
+    cheapest = [found[0] for found in every if found]
+    # Where few kinds help, the next best devices fill the list.
+    for way in sorted((way for found in every for way in found[1:]), key=_price):
+        if len(cheapest) < MOST_SHOWN and all(_differs(way, other) for other in cheapest):
+            cheapest.append(way)
     return sorted(cheapest, key=_price)[:MOST_SHOWN]
+
+
+def _differs(way: Way, other: Way) -> bool:
+    """Whether two ways are of different devices or changes."""
+    kinds = [each.cluster.pools[0].device.name for each in (way, other)]
+    return kinds[0] != kinds[1] or way.change != other.change
 
 
 def _price(way: Way) -> tuple[bool, float, float]:
