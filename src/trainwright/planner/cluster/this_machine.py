@@ -8,17 +8,11 @@ from dataclasses import replace
 from trainwright.planner.cluster.calibration import Calibration, Crowd
 from trainwright.planner.cluster.catalogue import device, device_by_driver, link
 from trainwright.planner.cluster.describe import Cluster, DeviceKind, Link, Observation, Pool, Rates
+from trainwright.planner.cluster.typical import inside_link
 from trainwright.planner.plan import Machine
 
 _SPREAD = 0.15  # of what is predicted of a machine that has been measured
 _MOST_UNKNOWN = 0.35  # of one that no table knows
-# What joins the GPUs of one machine, by the beginning of their names; PCIe joins the others.
-_INSIDE = {
-    **dict.fromkeys(("B200", "GB200", "B300", "GB300"), "NVLink-5"),
-    **dict.fromkeys(("H100-SXM", "H200-SXM", "GH200"), "NVLink-4"),
-    **dict.fromkeys(("A100-40G-SXM", "A100-80G-SXM"), "NVLink-3"),
-    "MI300X": "Infinity-Fabric",
-}
 
 
 def this_machine(
@@ -36,7 +30,7 @@ def this_machine(
     kind = known or replace(device("A100-40G-PCIe"), name=machine.device_name or "GPU")
     kind = replace(kind, memory_bytes=float(machine.memory_bytes) or kind.memory_bytes)
     rates = Rates() if known else Rates(spread=_MOST_UNKNOWN)
-    inside = link(_INSIDE.get(kind.name, "PCIe-4"))
+    inside = inside_link(kind)
     each = min(count, machine.devices)
     pool = Pool(
         name="here",

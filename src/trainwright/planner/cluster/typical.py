@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from trainwright.planner.cluster.catalogue import link
-from trainwright.planner.cluster.describe import Cluster, DeviceKind, Pool, Rates
+from trainwright.planner.cluster.describe import Cluster, DeviceKind, Link, Pool, Rates
 from trainwright.planner.cluster.device_table import DOLLARS_PER_HOUR
 
 _NODE = 8
@@ -19,13 +19,17 @@ _INSIDE = {
 }
 
 
+def inside_link(kind: DeviceKind) -> Link:
+    """What commonly joins such devices in one machine."""
+    return link(_INSIDE.get(kind.name, "PCIe-4"))
+
+
 def typical_cluster(kind: DeviceKind, devices: int, rates: Rates | None = None) -> Cluster:
     """So many devices, eight a node, joined as common machines join them, at the catalogue's price.
 
     CPUs are a node each.
     """
     each = 1 if kind.kind == "cpu" else min(_NODE, devices)
-    inside = link(_INSIDE.get(kind.name, "PCIe-4"))
     fast = kind.name in _INSIDE
     between = "InfiniBand-NDR" if fast else "Ethernet-10" if kind.kind == "cpu" else "Ethernet-100"
     pool = Pool(
@@ -33,7 +37,7 @@ def typical_cluster(kind: DeviceKind, devices: int, rates: Rates | None = None) 
         device=kind,
         nodes=-(-devices // each),
         devices_per_node=each,
-        inside=inside,
+        inside=inside_link(kind),
         between=link(between),
         rates=rates or Rates(),
         dollars_per_hour=DOLLARS_PER_HOUR.get(kind.name, 0.0),
