@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainwright.kernels.cpu_attention import GRAIN
+
 # A tile's scores: queries x keys for about so many heads. A few MB, whatever the row's length.
 QUERIES, KEYS, HEADS = 64, 1024, 16
 
@@ -61,7 +63,9 @@ class Sight:
                 columns = seen.flatten(0, 1).any(0).nonzero()
                 if not len(columns):
                     continue
-                low, high = int(columns[0]), int(columns[-1]) + 1
+                # Of few shapes, see GRAIN.
+                low = int(columns[0]) // GRAIN * GRAIN
+                high = min(-(-(int(columns[-1]) + 1) // GRAIN) * GRAIN, seen.shape[-1])
                 seen = seen[..., low:high]
                 keys = slice(start + low, start + high)
                 yield queries, keys, None if bool(seen.all()) else seen
