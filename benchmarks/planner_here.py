@@ -1,7 +1,7 @@
 """The planner's predictions for this machine beside what its plans really take.
 
 A 42.5 M Llama (hidden 512, 8 layers, ffn 1408, vocabulary 16,384), sequence 512, bf16, fused
-AdamW, a global batch of 32 rows, as in `scaling_cpu.py`; legal plans of 2 and 4 workers, each
+AdamW, a global batch of 16 rows; legal plans of 2 and 4 workers, each
 trained for a few steps in processes of its own.
 
     python benchmarks/planner_here.py --calibrate   # on a quiet machine: measures it, then 20 plans
@@ -33,7 +33,7 @@ SHAPE = {
     "max_position_embeddings": 512,
     "tie_word_embeddings": False,
 }
-VOCABULARY, SEQUENCE, ROWS = 16384, 512, 32
+VOCABULARY, SEQUENCE, ROWS = 16384, 512, 16
 MICRO_BATCHES = (1, 2, 4, 8, 16)
 UNCOUNTED, STEPS = 2, 3
 MOST_SECONDS = 900.0  # a plan that takes longer than this hangs

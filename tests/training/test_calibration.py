@@ -25,6 +25,7 @@ from trainwright.training.calibration_points import (
     groups,
     of_job,
 )
+from trainwright.training.probes import probe_job
 from trainwright.training.stopwatch import Place, Point, measure, prepare
 
 MACHINE = Machine(1, "cpu", 2, 16 * 10**9, device_name="A processor")
@@ -129,6 +130,11 @@ def test_two_real_processes_measure_and_a_plan_is_predicted(tmp_path, monkeypatc
         (p.kernel, p.precision, p.shape) for p in few(2)
     }
     assert 0 <= crowd.hidden_share <= 1
+    plans = [Plan.from_json(probe.plan) for probe in crowd.probes]
+    assert [(p.dp_shard, p.tp, p.dp_replicate, p.pp) for p in plans] == [
+        (2, 1, 1, 1), (1, 2, 1, 1), (1, 1, 2, 1), (1, 1, 1, 2),
+    ]  # fmt: skip
+    assert [probe.holes is None for probe in crowd.probes] == [False, True, True, True]
     # A Python with torch in it, in bytes.
     assert 5e7 < found.memory.process_bytes < 5e9
     assert said and read_calibration(MACHINE, tmp_path).crowds[0].samples == crowd.samples
@@ -146,6 +152,11 @@ def test_two_real_processes_measure_and_a_plan_is_predicted(tmp_path, monkeypatc
     cluster = this_machine(MACHINE, found, workers=2)
     told = predict(Job(config, 64, 4), plan, cluster)
     assert told.step_seconds.value > 0 and "measured here" in told.source
+    # The probes themselves are foretold as they were measured, nearly: the factor, and the rest.
+    for probe, own in zip(crowd.probes, plans, strict=True):
+        assert predict(probe_job(), own, cluster).step_seconds.value == pytest.approx(
+            probe.seconds, rel=0.25
+        )
     call = {s.shape: s.seconds for s in crowd.samples if s.kernel == "all_reduce"}
     assert told.exposed["replicas"] > 0 and max(call.values()) < 10
     assert kernels_for(cluster.pools[0], plan).small_kernels >= 1

@@ -26,6 +26,7 @@ from trainwright.planner.cluster.calibration import (
     Calibration,
     Crowd,
     MemoryConstants,
+    Probe,
     Sample,
     machine_facts,
     read_calibration,
@@ -38,6 +39,7 @@ from trainwright.recipe.load import load_recipe
 from trainwright.training.calibration_points import basics, grid, of_job
 from trainwright.training.launch import MALLOC
 from trainwright.training.machine import usable_cores
+from trainwright.training.probes import with_lessons
 from trainwright.training.stopwatch import Point
 
 BUDGET_SECONDS = 240.0  # of measuring; starting the processes takes some more
@@ -74,6 +76,8 @@ def calibrate(
     for turn, count in enumerate(counts):
         share = (ends - time.monotonic()) / (len(counts) - turn)
         known = _measure_crowd(known, machine, count, missing[count], share, say, folder)
+    known = with_lessons(known, machine)
+    write_calibration(known, folder)
     return known
 
 
@@ -196,15 +200,17 @@ def _start(
 
 def _with(known: Calibration, place: Path, workers: int, threads: int) -> Calibration:
     """With what the workers have written so far."""
-    samples, hidden = [], 0.0
+    samples, probes, hidden = [], [], 0.0
     for line in _lines(place):
         if "hidden_share" in line:
             hidden = line["hidden_share"]
         elif "process_bytes" in line:
             known = replace(known, memory=MemoryConstants(**line))
+        elif "plan" in line:
+            probes.append(Probe(**line))
         else:
             samples.append(Sample(**{**line, "shape": tuple(line["shape"])}))
-    crowd = Crowd(workers, threads, tuple(samples), hidden)
+    crowd = Crowd(workers, threads, tuple(samples), hidden, tuple(probes))
     now = datetime.now(UTC).isoformat(timespec="seconds")
     return replace(known.added(crowd), time=now)
 

@@ -9,32 +9,15 @@ import time
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
+from typing import TextIO
 
 import psutil
 import torch
 import torch.distributed as dist
 
-from trainwright.models.families import decoder_config, new_hf_config
-from trainwright.parallel.world import World
-from trainwright.planner.cluster.this_machine import this_machine
-from trainwright.planner.cost.memory import predict_memory
-from trainwright.planner.job import Job
-from trainwright.planner.plan import Machine, Plan
-from trainwright.recipe.schema import Recipe
-from trainwright.resilience.out_of_memory import peak_bytes
 from trainwright.training.calibration_points import groups
-from trainwright.training.sameness import Trial
+from trainwright.training.probes import holes_of, probe_plans, run_probe
 from trainwright.training.stopwatch import Place, Point, hidden_share, measure
-
-_SMALL = {
-    "vocab_size": 16384,  # a chunk of the head's logits is full, as in larger models
-    "hidden_size": 512,
-    "intermediate_size": 1408,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 8,
-    "max_position_embeddings": 256,
-}
 
 
 def work(
@@ -47,7 +30,7 @@ def work(
     if kind == "cuda":
         torch.cuda.set_device(device)
         backend = "nccl"
-    before = resident()
+    before = joined = resident()
     where = Place(device, {}, max(1.0, workers * threads / cores) / threads)
     if workers > 1:
         store = dist.FileStore(str(place / "meet"), workers)
@@ -60,12 +43,10 @@ def work(
     # All measure, and the first one writes.
     with (place / "found.jsonl" if rank == 0 else Path(os.devnull)).open("a") as found:
         if workers > 1:
-            constants: dict[str, float] = {"process_bytes": before}
-            constants["group_bytes"] = max(0, joined - before)
-            if device.type == "cpu":
-                constants["allocator_ratio"] = allocator_ratio(workers, threads, joined)
-            write(found, constants)
+            write(found, {"process_bytes": before, "group_bytes": max(0, joined - before)})
             write(found, {"hidden_share": hidden_share(where)})
+        if device.type == "cpu":
+            write_probes(found, workers, threads, joined)
         for entry in json.loads((place / "points.json").read_text()):
             if over(ends, where):
                 break
@@ -76,37 +57,12 @@ def work(
         dist.destroy_process_group()
 
 
-def allocator_ratio(workers: int, threads: int, before: int) -> float:
-    """Trains a small model for two steps: what this process came to hold, over what is counted."""
-    config = new_hf_config("llama", _SMALL, _SMALL["vocab_size"])
-    rows, tokens = 4, _SMALL["max_position_embeddings"]
-    plan = replace(
-        Plan.alone(),
-        world_size=workers,
-        dp_replicate=workers,
-        threads=threads,
-        precision="bf16",
-        micro_batch=rows,
-        sequence_length=tokens,
-    )
-    recipe = Recipe.model_validate(
-        {
-            "name": "allocator",
-            "model": {"family": "llama", "config": _SMALL},
-            "tokenizer": {"path": "bytes"},
-            "data": {"sources": ["python-stdlib"], "sequence_length": tokens},
-            "training": {"steps": 2, "batch_sequences": rows * workers},
-        }
-    )
-    world = World(dist.get_rank(), workers, torch.device("cpu"))
-    trial = Trial(recipe, config, plan, world, rows=rows * workers)
-    for index in range(2):
-        trial.train(index)
-    machine = Machine(1, "cpu", workers * threads, 1 << 40)
-    job = Job(decoder_config(config), tokens, rows * workers)
-    counted = predict_memory(job, plan, this_machine(machine, workers=workers))
-    total = sum(size for name, size in counted.lines.items() if name != "libraries")
-    return (peak_bytes("cpu") - before) / total
+def write_probes(found: TextIO, workers: int, threads: int, before: int) -> None:
+    """Whole steps; of the first plan's, what the process came to hold."""
+    for number, plan in enumerate(probe_plans(workers, threads)):
+        seconds, peak = run_probe(plan)
+        holes = holes_of(plan, peak - before) if number == 0 else None
+        write(found, {"plan": plan.to_json(), "seconds": seconds, "holes": holes})
 
 
 def own_group(size: int) -> dist.ProcessGroup:
@@ -139,10 +95,10 @@ def resident() -> int:
     return int(psutil.Process().memory_info().rss)
 
 
-def write(file: object, entry: dict) -> None:
+def write(file: TextIO, entry: dict) -> None:
     """A line, at once."""
-    file.write(json.dumps(entry) + "\n")  # type: ignore[attr-defined]
-    file.flush()  # type: ignore[attr-defined]
+    file.write(json.dumps(entry) + "\n")
+    file.flush()
 
 
 if __name__ == "__main__":

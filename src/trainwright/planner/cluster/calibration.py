@@ -12,7 +12,8 @@ import json
 import math
 import os
 import platform
-from collections.abc import Mapping
+import statistics
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from trainwright.files import write_json
 from trainwright.planner.cluster.describe import Observation
 from trainwright.planner.plan import Machine
 
-_FORMAT = 1
+_FORMAT = 2
 
 # What the numbers of a sample's shape are, by kernel. Bytes of a gather are of what it makes, of
 # the others of what a worker gives.
@@ -63,6 +64,22 @@ class Sample:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Probe:
+    """A whole step of a small model under a plan (as JSON): its seconds, beside its parts'.
+
+    `log_ratio` is the logarithm of measured over foretold seconds, `features` are the plan's.
+    `holes` is what the process held beyond what is counted, as a share of it; None where that was
+    not measured.
+    """
+
+    plan: str
+    seconds: float
+    holes: float | None = None
+    features: tuple[float, ...] = ()
+    log_ratio: float = 0.0
+
+
 @dataclass(frozen=True, eq=False)  # a thousand numbers: the same object, or another one
 class Crowd:
     """What was measured while `workers` processes did the same at once, each on `threads`.
@@ -74,19 +91,30 @@ class Crowd:
     threads: int
     samples: tuple[Sample, ...] = ()
     hidden_share: float = 0.0
+    probes: tuple[Probe, ...] = ()
+
+    @property
+    def step_factor(self) -> float:
+        """What a step takes over the sum of its parts: the probes' geometric mean."""
+        return math.exp(statistics.fmean(p.log_ratio for p in self.probes)) if self.probes else 1.0
+
+    @property
+    def lessons(self) -> Iterator[Observation]:
+        """What the probes say of one plan rather than another, beyond the factor of all."""
+        mean = math.log(self.step_factor)
+        for probe in self.probes:
+            yield Observation(probe.features, probe.log_ratio - mean)
 
 
 @dataclass(frozen=True)
 class MemoryConstants:
     """Bytes of a worker that no formula counts.
 
-    Of a process that has imported all it needs, and of having joined the others. Of a small model
-    in training a process has held `allocator_ratio` times what the formulas count.
+    Of a process that has imported all it needs, and of having joined the others.
     """
 
     process_bytes: float = 0.0
     group_bytes: float = 0.0
-    allocator_ratio: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -104,6 +132,17 @@ class Calibration:
         """Sixteen hex digits of the facts."""
         canonical = json.dumps(dict(self.facts), sort_keys=True).encode()
         return hashlib.blake2b(canonical, digest_size=8).hexdigest()
+
+    @property
+    def lessons(self) -> tuple[Observation, ...]:
+        """All that whole steps have taught: the probes first, then runs."""
+        return (*(each for crowd in self.crowds for each in crowd.lessons), *self.observed)
+
+    @property
+    def holes(self) -> float:
+        """What an allocator holds beside, as a share of what is counted."""
+        found = [p.holes for crowd in self.crowds for p in crowd.probes if p.holes is not None]
+        return statistics.fmean(found) if found else 0.0
 
     def crowd(self, workers: int) -> Crowd | None:
         """What was measured with so many workers, or with the nearest number of them."""
@@ -128,7 +167,10 @@ class Calibration:
             samples = {(s.kernel, s.precision, s.shape): s for s in before.samples}
             samples |= {(s.kernel, s.precision, s.shape): s for s in crowd.samples}
             hidden = crowd.hidden_share or before.hidden_share
-            crowd = replace(crowd, samples=tuple(samples.values()), hidden_share=hidden)
+            probes = crowd.probes or before.probes
+            crowd = replace(
+                crowd, samples=tuple(samples.values()), hidden_share=hidden, probes=probes
+            )
         others = (c for c in self.crowds if c.workers != crowd.workers)
         return replace(self, crowds=tuple(sorted((*others, crowd), key=lambda c: c.workers)))
 
@@ -165,7 +207,10 @@ def read_calibration(machine: Machine, folder: Path | None = None) -> Calibratio
     except FileNotFoundError:
         return None
     try:
-        found = _from_json(json.loads(text))
+        document = json.loads(text)
+        if document["format"] < _FORMAT:
+            return None  # an older release's, which measured less
+        found = _from_json(document)
         if found.fingerprint != expected.fingerprint:
             raise ValueError("it is of another machine")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
@@ -201,7 +246,11 @@ def _from_json(document: dict[str, Any]) -> Calibration:
         for sample in samples:
             if len(sample.shape) != len(KERNELS[sample.kernel]) or not 0 < sample.seconds < 1e6:
                 raise ValueError(f"{sample} cannot be")
-        crowds.append(Crowd(**crowd, samples=samples))
+        probes = tuple(
+            Probe(**{**probe, "features": tuple(probe["features"])})
+            for probe in crowd.pop("probes")
+        )
+        crowds.append(Crowd(**crowd, samples=samples, probes=probes))
     return Calibration(
         crowds=tuple(crowds),
         memory=MemoryConstants(**document.pop("memory")),

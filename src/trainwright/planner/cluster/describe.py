@@ -37,6 +37,7 @@ class Rates:
     overlap_slowdown: float = 1.15  # of computing while a collective runs beside it
     pass_seconds: float = 5e-4  # of a micro-batch's way through a stage, there or back
     step_seconds: float = 0.0  # of a step, whatever its size
+    steps: float = 1.0  # what a whole step takes over the sum of its parts
     memory_bytes: float = 0.0  # of a device's, that no formula knows: context, buffers
     holes: float = 0.0  # what an allocator holds besides, as a share of what is counted
     spread: float = 0.20

@@ -73,17 +73,19 @@ def _processors(machine: Machine, calibration: Calibration | None, workers: int)
         devices_per_node=workers,
         inside=inside,
         between=inside,
-        rates=_measured_rates(Rates(spread=_MOST_UNKNOWN), calibration),
+        rates=_measured_rates(Rates(spread=_MOST_UNKNOWN), calibration, crowd),
         calibration=calibration,
     )
     return Cluster("this machine", (pool,), observed=_observed(calibration))
 
 
 def _observed(calibration: Calibration | None) -> tuple[Observation, ...]:
-    return () if calibration is None else calibration.observed
+    return () if calibration is None else calibration.lessons
 
 
-def _measured_rates(rates: Rates, calibration: Calibration | None) -> Rates:
+def _measured_rates(
+    rates: Rates, calibration: Calibration | None, crowd: Crowd | None = None
+) -> Rates:
     if calibration is None or not calibration.crowds:
         return rates
     source = f"measured here, {calibration.time[:10]}"
@@ -91,8 +93,8 @@ def _measured_rates(rates: Rates, calibration: Calibration | None) -> Rates:
         return replace(rates, spread=_SPREAD, source=source)
     # Peaks are what was reached.
     held = calibration.memory.process_bytes + calibration.memory.group_bytes
-    holes = max(0.0, calibration.memory.allocator_ratio - 1)
-    full = {"products": 1.0, "memory": 1.0, "links": 1.0, "memory_bytes": held, "holes": holes}
+    full = {"products": 1.0, "memory": 1.0, "links": 1.0, "memory_bytes": held}
+    full |= {"holes": calibration.holes, "steps": 1.0 if crowd is None else crowd.step_factor}
     return replace(rates, **full, spread=_SPREAD, source=source)
 
 

@@ -25,7 +25,7 @@ def refine(
     """
     if not (predicted > 0 and measured > 0):
         raise ValueError("seconds of a step are positive")
-    taught = correction(calibration.observed, job, plan, 0.0).factor
+    taught = correction(calibration.lessons, job, plan, 0.0).factor
     ratio = min(max(measured / (predicted / taught), 1 / _MOST_OFF), _MOST_OFF)
     seen = Observation(features(job, plan), math.log(ratio))
     return replace(calibration, observed=(*calibration.observed, seen)[-_REMEMBERED:])

@@ -83,7 +83,7 @@ def predict(job: Job, plan: Plan, cluster: Cluster, *, simulated: bool = True) -
     step = step_time(job, plan, cluster, simulated=simulated)
     rates = [pool.rates for pool in _pools(cluster, 0, plan.world_size)]
     lean = correction(cluster.observed, job, plan, max(each.spread for each in rates))
-    step = step.scaled(lean.factor)
+    step = step.scaled(lean.factor * max(each.steps for each in rates))
     energy = energy_of(plan, cluster, step.total, step.busiest, step.optimizer)
     return Prediction(
         plan=plan,
