@@ -23,6 +23,10 @@ quickstart: install  ## train, evaluate, sample and export a small model of code
 	@# Two worker processes on the CPU, which every machine has; a single GPU would be one worker.
 	CUDA_VISIBLE_DEVICES= $(BIN)/trainwright train examples/quickstart.yaml
 
+.PHONY: swarm-demo
+swarm-demo: install  ## four peers train together: one is killed, and one lies
+	$(BIN)/python examples/swarm_demo.py
+
 .PHONY: test
 test: install check  ## checks and all tests but the long proofs
 	@# Two at a time, whole files: much of the time of one is waiting. Long files come first.

@@ -23,6 +23,7 @@ from trainwright.cli.plan import plan
 from trainwright.cli.recipes import init, validate
 from trainwright.cli.report import report
 from trainwright.cli.serve import serve
+from trainwright.cli.swarm import app as swarm
 from trainwright.cli.train import train
 from trainwright.cli.verify import verify
 from trainwright.errors import UserError
@@ -47,6 +48,7 @@ app = typer.Typer(
 for _panel, _verbs in VERBS.items():
     for _verb in _verbs:
         app.command(_verb.__name__.rstrip("_"), rich_help_panel=_panel)(_verb)
+app.add_typer(swarm, name="swarm", rich_help_panel="Training")
 
 
 def _print_version(wanted: bool) -> None:

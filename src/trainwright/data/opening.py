@@ -78,8 +78,8 @@ class PreparedData:
         return self.tokenizer
 
 
-def open_data(directory: Path) -> PreparedData:
-    """Open what `prepare_data` left in `directory`.
+def open_data(directory: Path, seed: int | None = None) -> PreparedData:
+    """Open what `prepare_data` left in `directory`, in the order of another seed if one is given.
 
     Raises UserError where it left nothing, or where the token cache is gone since.
     """
@@ -88,6 +88,8 @@ def open_data(directory: Path) -> PreparedData:
     except (OSError, ValueError) as error:
         what = f"{directory / DESCRIPTION} cannot be read: {error}"
         raise UserError(what, fix="start the run again: its data is then prepared anew") from error
+    if seed is not None:
+        description["seed"] = seed
     return open_description(description, directory / TOKENIZER)
 
 

@@ -34,6 +34,7 @@ from trainwright.recipe.schema import (
     Recipe,
     Schedule,
     Section,
+    Swarm,
     TokenizerSection,
     Tracking,
     Training,
@@ -47,8 +48,8 @@ _LARGEST_FILE = 10_000_000
 class Draft:
     """A recipe whose parts may be broken: each broken one is None and named in `broken`.
 
-    `tokenizer`, `adapter`, `cluster` and `run_directory` are also None where they are simply left
-    out.
+    `tokenizer`, `adapter`, `cluster`, `swarm` and `run_directory` are also None where they are
+    simply left out.
     """
 
     name: str | None = None
@@ -64,6 +65,7 @@ class Draft:
     schedule: Schedule | None = None
     parallel: Parallel | None = None
     cluster: Path | None = None
+    swarm: Swarm | None = None
     checkpoint: Checkpoint | None = None
     evaluation: Evaluation | None = None
     tracking: Tracking | None = None

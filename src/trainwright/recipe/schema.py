@@ -36,6 +36,7 @@ from trainwright.recipe.section import (
     Share,
     refusal,
 )
+from trainwright.recipe.swarm import Swarm
 
 __all__ = [
     "Adapter",
@@ -53,6 +54,7 @@ __all__ = [
     "Section",
     "Source",
     "SourceKind",
+    "Swarm",
     "Task",
     "TokenizerSection",
     "Tracking",
@@ -317,6 +319,12 @@ class Recipe(Section):
         description="A cluster.yaml: the machines that a launcher such as torchrun starts this on, "
         "and the links between them. Left out, every machine is taken to be like this one.",
         examples=["cluster.yaml"],
+    )
+    swarm: Swarm | None = Field(
+        None,
+        description="How machines over slow links train this together, each of them as a peer of "
+        "`trainwright swarm`. `train` leaves it aside.",
+        examples=[{"method": "sparseloco", "inner_steps": 30}],
     )
     checkpoint: Checkpoint = Field(default_factory=Checkpoint, description="What is saved.")
     evaluation: Evaluation = Field(default_factory=Evaluation, description="What is measured.")

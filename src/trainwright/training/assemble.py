@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,6 +22,7 @@ from trainwright.models.families import FAMILIES, decoder_config
 from trainwright.models.weights import new_model
 from trainwright.objectives.build import build_objective
 from trainwright.objectives.objective import Objective
+from trainwright.optim.held import HeldGradients
 from trainwright.optim.optimizers import build_optimizers
 from trainwright.parallel.precision import COMPUTE_DTYPES
 from trainwright.parallel.spread import Model, SpreadModel, spread
@@ -31,6 +33,7 @@ from trainwright.planner.plan import Plan
 from trainwright.planner.shapes import flops_per_token, parameter_count
 from trainwright.recipe.schema import Adapter, ModelSection, Recipe
 from trainwright.recipe.schema import Optimizer as OptimizerSection
+from trainwright.recipe.swarm import GRADIENT_METHODS
 from trainwright.training.adapting import (
     adapt,
     fill,
@@ -50,7 +53,11 @@ from trainwright.training.reference import CachedReference, Reference, Reference
 from trainwright.training.reference_cache import take_reference
 from trainwright.training.run_directory import RunDirectory
 from trainwright.training.step import TrainStep
+from trainwright.training.swarm_file import Joined
 from trainwright.training.teacher import Teacher
+
+if TYPE_CHECKING:
+    from trainwright.training.swarm_peer import PeerTrainer
 
 
 @dataclass
@@ -62,11 +69,14 @@ class Assembled:
     writer: MetricsWriter | None
     progress: Progress | None
     started: float
+    swarm: PeerTrainer | None = None
 
     def close(self, done: int) -> None:
         """Wait for the last checkpoint and end the records."""
         self.store.wait()
         self.store.close()
+        if self.swarm is not None:
+            self.swarm.close()
         seconds = time.time() - self.started
         if self.writer is not None:
             self.writer.write({"kind": "end", "step": done, "seconds": seconds})
@@ -174,7 +184,11 @@ def assemble(run: RunDirectory, world: World) -> Assembled:
     data = open_data(run.path)
     steps = total_steps(recipe, data.train)
     spread_model = build_model(run, recipe, plan, world)
+    joined, held = Joined.read(run), None
     optimizers = build_all_optimizers(spread_model, recipe.optimizer, recipe.adapter)
+    if joined is not None and joined.settings.method in GRADIENT_METHODS:
+        held = HeldGradients(spread_model.trained_parameters(), recipe.optimizer.learning_rate)
+        optimizers = [held]
     objective, reference = what_is_optimised(run, recipe, plan, world, spread_model, data)
     step = TrainStep(
         spread_model,
@@ -191,7 +205,7 @@ def assemble(run: RunDirectory, world: World) -> Assembled:
         keep_best=recipe.checkpoint.keep_best,
     )
     store.claim()
-    start = store.latest() or 0
+    start, meta = store.latest() or 0, None
     if start:
         meta = load_training_state(
             store, start, spread_model.parts, optimizers, spread_model.pieces, seed=recipe.seed
@@ -207,11 +221,20 @@ def assemble(run: RunDirectory, world: World) -> Assembled:
         start=start,
     )
     writer, progress = _first_worker_only(run, recipe, plan, world, start, steps)
+    swarm = None
+    if joined is not None:
+        # Only those who train with others need the packages of the extra `swarm`.
+        from trainwright.training.swarm_peer import PeerTrainer
+
+        swarm = PeerTrainer(run, joined, recipe, step, trainer, held, writer, progress)
+        trainer.start = swarm.begin(meta)
 
     save_every = recipe.checkpoint.every or -(-steps // 10)
 
     def state(done: int) -> tuple[State, dict]:
         meta = {"step": done, "loss_scale": step.loss_scale.state(), "world_size": world.size}
+        if swarm is not None:
+            meta |= swarm.meta()
         return (
             training_tensors(spread_model.parts, optimizers, spread_model.pieces),
             meta,
@@ -239,6 +262,8 @@ def assemble(run: RunDirectory, world: World) -> Assembled:
         writer,
     )
     hooks: list[Hook] = [evaluation, checkpoints]
+    if swarm is not None:
+        hooks.insert(0, swarm.hook)
     peaks = world.gather(peak_flops(world.device, plan.precision))
     if writer is not None and progress is not None:
         metrics = MetricsHook(
@@ -251,7 +276,7 @@ def assemble(run: RunDirectory, world: World) -> Assembled:
         )
         hooks.insert(0, metrics)
     trainer.hooks = hooks
-    return Assembled(trainer, store, writer, progress, time.time())
+    return Assembled(trainer, store, writer, progress, time.time(), swarm)
 
 
 def freeze(model: Model, patterns: Sequence[str]) -> None:

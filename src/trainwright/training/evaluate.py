@@ -114,6 +114,27 @@ def held_out_loss(
     return replace(total, sources=dict(zip(parts, results, strict=True)))
 
 
+def batch_loss(
+    spread: SpreadModel, objective: Objective, batch: Batch, *, micro_batch: int
+) -> float:
+    """The loss of a batch of which `batch` has this worker's rows, as in training. Collective."""
+    training, at_once = spread.training, max(1, spread.plan.stages)
+    starts = range(0, len(batch.input_ids), micro_batch)
+    parts = [to_tensors(batch, start, start + micro_batch, spread, None) for start in starts]
+    scores: list[tuple[Sums, Sums] | None] = []
+    spread.train(False)
+    try:
+        for first in range(0, len(parts), at_once):
+            scores += score_micro_batches(spread, objective, parts[first : first + at_once])
+    finally:
+        spread.train(training)
+    totals = _Totals(objective)
+    for number, scored in enumerate(scores):
+        totals.add(batch, scored, spread, counts=number == 0)
+    totals.share(spread.mesh.world)
+    return sum(totals.sums[name] / max(1, weight) for name, weight in totals.weights.items())
+
+
 def _rows_of(part: Batches, all_rows: int, most_rows: int | None) -> int:
     """Rows of a part to score, where `most_rows` of `all_rows` are wanted: its share."""
     if most_rows is None or most_rows >= all_rows:
@@ -129,10 +150,21 @@ class _Totals:
         self.sums: dict[str, float] = {}
         self.weights: dict[str, int] = {}
 
-    def add(self, batch: Batch, scored: tuple[Sums, Sums] | None, spread: SpreadModel) -> None:
-        """Add a micro-batch: its weights where this worker speaks for them, sums where it can."""
+    def add(
+        self,
+        batch: Batch,
+        scored: tuple[Sums, Sums] | None,
+        spread: SpreadModel,
+        *,
+        counts: bool = True,
+    ) -> None:
+        """Add a micro-batch: its weights where this worker speaks for them, sums where it can.
+
+        `counts` is False where the weights of `batch` have been added already.
+        """
         for name, weight in self.objective.weights(batch).items():
-            self.weights[name] = self.weights.get(name, 0) + weight * counts_rows(spread)
+            own = weight * counts_rows(spread) * counts
+            self.weights[name] = self.weights.get(name, 0) + own
         if scored is not None and counts_losses(spread):
             for name, each in (scored[0] | scored[1]).items():
                 self.sums[name] = self.sums.get(name, 0.0) + float(each)

@@ -34,10 +34,13 @@ class Trainer:
     start: int = 0
     hooks: Sequence[Hook] = field(default_factory=list)
     stop_requested: bool = False  # set by a signal handler; all workers stop after the same step
+    next_index: int = 0  # of the step to come; a hook may skip some, on all workers alike
 
     def run(self) -> int:
         """Train; the number of complete steps, smaller than `total_steps` when asked to stop."""
-        for index in range(self.start, self.total_steps):
+        self.next_index = self.start
+        while (index := self.next_index) < self.total_steps:
+            self.next_index += 1
             started = time.perf_counter()
             batch = self.data.batch(index, self.rows)
             rate = learning_rate(

@@ -46,6 +46,7 @@ FREE_TO_CHANGE = (
 )
 
 LOCK = ".lock"
+OWN = "swarm"  # what a peer of a swarm keeps to itself
 
 
 @dataclass(frozen=True)
@@ -196,7 +197,8 @@ def open_run(recipe: Recipe) -> RunDirectory:
 
 
 def _holds_files(folder: Path) -> bool:
-    return any(child.name != LOCK for child in folder.iterdir())
+    # A peer's key comes before its run: with it the run is fetched.
+    return any(child.name not in (LOCK, OWN) for child in folder.iterdir())
 
 
 def _refuse_another_recipe(run: RunDirectory, recipe: Recipe) -> None:

@@ -1,0 +1,1 @@
+"""Training together over slow links: methods, rounds, transports, and whom to trust."""

@@ -1,0 +1,50 @@
+"""What `swarm join` leaves in a run directory: which run its workers are part of."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from trainwright.errors import Mistake, UserError
+from trainwright.files import write_json
+from trainwright.swarm.settings import Settings
+from trainwright.training.run_directory import OWN, RunDirectory
+
+
+@dataclass(frozen=True)
+class Joined:
+    """A run of a swarm that a run directory takes part in. `name` is what others see of it."""
+
+    url: str
+    run: str
+    name: str
+    settings: Settings
+
+    def write(self, run: RunDirectory) -> None:
+        """Into the run directory."""
+        write_json(_file(run), asdict(self))
+
+    @classmethod
+    def read(cls, run: RunDirectory) -> Joined | None:
+        """What is in the run directory; None where it takes part in none."""
+        try:
+            values = json.loads(_file(run).read_text())
+        except FileNotFoundError:
+            return None
+        return cls(**{**values, "settings": Settings(**values["settings"])})
+
+
+def _file(run: RunDirectory) -> Path:
+    return run.path / "swarm.json"
+
+
+def own_directory(run: Path) -> Path:
+    """What a peer keeps to itself, below its run directory: key, agreed and own state, log."""
+    return run / OWN
+
+
+def no_run(url: str) -> UserError:
+    """The refusal of a place where nobody has started a run."""
+    fix = "look up the URL again, or start one there: `trainwright swarm start RECIPE --run URL`"
+    return UserError(Mistake("there is no run at this place", fix, where=url))

@@ -1,0 +1,348 @@
+"""The verbs of `trainwright swarm` as functions: start, join, watch, validate, export."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from trainwright.checkpoint.state import model_state
+from trainwright.checkpoint.store import CheckpointStore
+from trainwright.data.prepare import open_data
+from trainwright.errors import Mistake, UserError
+from trainwright.files import write_atomically, write_json
+from trainwright.parallel.world import World, join_world
+from trainwright.planner.check import recipe_checks
+from trainwright.planner.plan import Plan
+from trainwright.recipe.load import dump_recipe, load_recipe
+from trainwright.recipe.schema import Recipe
+from trainwright.recipe.swarm import Swarm
+from trainwright.swarm.adapting import adapt
+from trainwright.swarm.events import Rules
+from trainwright.swarm.identity import Identity
+from trainwright.swarm.link import measure_link
+from trainwright.swarm.manifest import Manifest
+from trainwright.swarm.message import BadMessage, read_message, write_message
+from trainwright.swarm.methods.method import Agreed
+from trainwright.swarm.peer import Peer
+from trainwright.swarm.runs import find_run, genesis_hash, start_run
+from trainwright.swarm.scores import Score
+from trainwright.swarm.transports.open import open_transport
+from trainwright.swarm.transports.transport import Transport
+from trainwright.training.api import RunResult, finish_run
+from trainwright.training.assemble import build_model, what_is_optimised
+from trainwright.training.exporting import export_run
+from trainwright.training.gathering import Gathering
+from trainwright.training.launch import launch_workers
+from trainwright.training.machine import usable_cores
+from trainwright.training.prepare import prepare_run, total_steps
+from trainwright.training.run_directory import RunDirectory, locked, open_run
+from trainwright.training.swarm_file import Joined, no_run, own_directory
+from trainwright.training.swarm_peer import build_peer, method_of, orders, own_identity
+from trainwright.training.swarming import Losses
+
+if TYPE_CHECKING:
+    from trainwright.planner.choose import Choice
+
+Say = Callable[[str], None]
+
+CONFIG = "model.json"  # among the tokenizer's files: the model's shape, as Hugging Face writes it
+TOKENIZER = "tokenizer"  # an object on the starter's shelf: the files that all peers read text with
+_TOKENIZER_BYTES = 1 << 27
+_SAY_SECONDS = 5.0
+
+
+def start(
+    recipe: str | Path,
+    url: str,
+    overrides: Sequence[str] = (),
+    *,
+    peers: int = 4,
+    directory: Path | None = None,
+    say: Say = print,
+) -> Manifest:
+    """Create a run at `url`: its rules, first weights and tokenizer. Nobody trains yet.
+
+    `peers` are how many are expected; `auto` settings are chosen for that. `directory` is this
+    machine's run directory, from which it can join as the same peer. Raises UserError.
+    """
+    path = Path(recipe)
+    directory = directory or default_directory(url)
+    read = load_recipe(path, (*overrides, f"run_directory={directory}"), recipe_checks)
+    run = open_run(read)
+    with locked(run):
+        choice = prepare_run(run, read, path.read_text(), say)
+        agreed, gathering = first_weights(run, read)
+        identity = own_identity(run.path)
+        transport = open_transport(url, identity, own_directory(run.path), create=True)
+        try:
+            if find_run(transport) is not None:
+                what = "another run was started at this place already"
+                raise UserError(Mistake(what, "join it, or take another URL", where=url))
+            section = read.swarm or Swarm()
+            adapted = adapt(
+                section,
+                read.optimizer,
+                gathering.layout,
+                link=measure_link(transport) if _is_open(section) else None,
+                step_seconds=_step_seconds(choice),
+                peers=peers,
+            )
+            if _is_open(section):
+                for line in adapted.lines:
+                    say(line)
+            rules = Rules(section.quorum, section.grace, section.deadline, section.silence)
+            manifest = Manifest.of(
+                read,
+                gathering.layout,
+                adapted.settings,
+                rules,
+                genesis_hash(agreed, identity.peer),
+                identity.peer,
+            )
+            transport.put(
+                TOKENIZER,
+                _packed_tokenizer(run.tokenizer, run.model_config, manifest.run, identity),
+            )
+            start_run(transport, identity, manifest, agreed)
+        finally:
+            transport.close()
+    return manifest
+
+
+def _is_open(section: Swarm) -> bool:
+    """Whether anything is left to be chosen by the link."""
+    return "auto" in (section.inner_steps, section.codec, section.density)
+
+
+def _step_seconds(choice: Choice) -> float:
+    """Seconds of a step on this machine, as foretold; a second where nothing is."""
+    return choice.prediction.step_seconds.value if choice.prediction is not None else 1.0
+
+
+def first_weights(run: RunDirectory, recipe: Recipe) -> tuple[Agreed, Gathering]:
+    """The trained weights that a run begins with, made on the CPU, and what gathers them."""
+    plan = Plan.alone("cpu")
+    spread = build_model(run, recipe, plan, World(0, 1, torch.device("cpu")))
+    gathering = Gathering(spread)
+    weights = gathering.weights()
+    assert weights is not None
+    return Agreed(0, weights), gathering
+
+
+def join(
+    url: str,
+    overrides: Sequence[str] = (),
+    *,
+    directory: Path | None = None,
+    name: str = "",
+    verbose: bool = False,
+    say: Say = print,
+) -> RunResult:
+    """Take part in the run at `url` until it ends, with all devices of this machine.
+
+    What is kept of it is in `directory`; called again with it, the same peer goes on. `overrides`
+    are of what each machine says for itself, as `parallel.tp=2`. Raises UserError, RunInterrupted
+    or WorkerFailed.
+    """
+    directory = directory or default_directory(url)
+    identity = own_identity(directory)
+    transport = open_transport(url, identity, own_directory(directory))
+    try:
+        manifest = _require_run(transport, url)
+        tokenizer = _fetch_tokenizer(transport, manifest, own_directory(directory))
+    finally:
+        transport.close()
+    recipe = own_recipe(manifest, tokenizer, directory, overrides)
+    run = open_run(recipe)
+    with locked(run):
+        prepare_run(run, recipe, dump_recipe(recipe), say)
+        Joined(url, manifest.run, name, manifest.settings).write(run)
+        launch_workers(run.path, run.read_plan(), verbose=verbose)
+        return finish_run(run)
+
+
+def own_recipe(
+    manifest: Manifest, tokenizer: Path, directory: Path, overrides: Sequence[str] = ()
+) -> Recipe:
+    """The run's recipe on this machine."""
+    own = [f"run_directory={directory}", f"tokenizer.path={tokenizer}"]
+    return manifest.recipe((*own, *overrides))
+
+
+def export(url: str, directory: Path, *, say: Say = print) -> tuple[int, Path]:
+    """The newest agreed model as a Hugging Face directory; the rounds that it was trained.
+
+    Raises UserError where there is no run.
+    """
+    with TemporaryDirectory(prefix="trainwright-swarm-") as folder:
+        run, recipe, manifest = _visit(url, Path(folder))
+        plan = Plan.alone("cpu")
+        spread = build_model(run, recipe, plan, World(0, 1, torch.device("cpu")))
+        gathering = Gathering(spread)
+        joined = Joined(url, manifest.run, "", manifest.settings)
+        method = method_of(manifest.settings, recipe, gathering.layout)
+        peer, transport = build_peer(joined, recipe, method, 1, run.path, say)
+        try:
+            agreed = caught_up(peer, say)
+        finally:
+            peer.close()
+            transport.close()
+        gathering.put_back(agreed.weights)
+        with CheckpointStore(run.checkpoints) as store:
+            store.claim()
+            step = max(1, agreed.round * method.inner_steps)
+            store.save(step, model_state(spread.parts, spread.pieces), {"step": step})
+            store.wait()
+        return agreed.round, export_run(run, directory)
+
+
+def validate(
+    url: str,
+    overrides: Sequence[str] = (),
+    *,
+    directory: Path | None = None,
+    rounds: int | None = None,
+    say: Say = print,
+) -> None:
+    """Try all contributions of the run at `url` on data, and publish what they are worth.
+
+    Trains nothing. Goes on for `rounds` rounds, or until interrupted. Raises UserError.
+    """
+    directory = directory or default_directory(url).with_name("validator")
+    run, recipe, manifest = _visit(url, directory, overrides)
+    prepare_run(run, recipe, dump_recipe(recipe), say)
+    world = join_world()
+    micro_batch = max(n for n in range(1, 9) if recipe.batch_sequences % n == 0)
+    plan = replace(
+        Plan.alone("cuda" if world.device.type == "cuda" else "cpu"),
+        micro_batch=micro_batch,
+        accumulation=recipe.batch_sequences // micro_batch,
+        sequence_length=recipe.data.sequence_length,
+        precision=recipe.training.precision,
+        threads=usable_cores(),
+    )
+    spread = build_model(run, recipe, plan, world)
+    gathering = Gathering(spread)
+    objective, _ = what_is_optimised(run, recipe, plan, world, spread)
+    joined = Joined(url, manifest.run, "validator", manifest.settings)
+    method = method_of(manifest.settings, recipe, gathering.layout)
+    losses = Losses(spread, objective, orders(run, recipe), method.inner_steps)
+    steps = total_steps(recipe, open_data(run.path).train)
+    peer, transport = build_peer(joined, recipe, method, steps, run.path, say)
+
+    def loss(round: int, weights: Tensor, who: str | None) -> float:
+        gathering.put_back(weights)
+        return losses(who, round)
+
+    try:
+        first = caught_up(peer, say).round
+        say(f"watching from round {first}")
+        while rounds is None or peer.round < first + rounds:
+            peer.outcome(wait=1.0)
+            if (round := peer.trial_round) is not None:
+                for line in score_lines(round, peer.score(partial(loss, round))):
+                    say(line)
+    finally:
+        peer.leave()
+        peer.close()
+        transport.close()
+
+
+def score_lines(round: int, scores: Mapping[str, Score]) -> Iterator[str]:
+    """What a validator says of each contribution that it tried."""
+    for peer, score in sorted(scores.items()):
+        yield (
+            f"round {round}: {peer[:6]} lowers the loss by {score.assigned:+.4f} on its own data, "
+            f"by {score.unassigned:+.4f} on other data"
+        )
+
+
+def caught_up(peer: Peer, say: Say) -> Agreed:
+    """What a peer that does not train finds to be agreed; it waits for somebody who has it."""
+    agreed, told = None, False
+    while agreed is None:
+        agreed = peer.start(active=False, wait=_SAY_SECONDS)
+        if agreed is None and not told:
+            say("waiting for a peer that has the newest weights")
+            told = True
+    return agreed
+
+
+def _visit(
+    url: str, directory: Path, overrides: Sequence[str] = ()
+) -> tuple[RunDirectory, Recipe, Manifest]:
+    """A run directory for somebody who does not train, with what is needed to build the model."""
+    transport = open_transport(url, own_identity(directory), own_directory(directory))
+    try:
+        manifest = _require_run(transport, url)
+        tokenizer = _fetch_tokenizer(transport, manifest, own_directory(directory))
+    finally:
+        transport.close()
+    recipe = own_recipe(manifest, tokenizer, directory, overrides)
+    run = open_run(recipe)
+    write_atomically(run.resolved, dump_recipe(recipe))
+    shutil.copytree(tokenizer, run.tokenizer, dirs_exist_ok=True)
+    config = json.loads((tokenizer.parent / CONFIG).read_text())
+    write_json(run.model_config, config)
+    return run, recipe, manifest
+
+
+def _require_run(transport: Transport, url: str) -> Manifest:
+    manifest = find_run(transport)
+    if manifest is None:
+        raise no_run(url)
+    return manifest
+
+
+def default_directory(url: str) -> Path:
+    """`runs/` and the last part of the run's URL."""
+    return Path("runs") / (url.rstrip("/").rpartition("/")[2].replace(":", "-") or "swarm")
+
+
+def _packed_tokenizer(folder: Path, config: Path, run: str, identity: Identity) -> bytes:
+    """The tokenizer's files and the model's config as a message."""
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    body = {"files": [CONFIG, *(path.name for path in files)]}
+    planes = [config.read_bytes(), *(path.read_bytes() for path in files)]
+    return write_message(TOKENIZER, run, 0, body, planes, identity)
+
+
+def _fetch_tokenizer(transport: Transport, manifest: Manifest, directory: Path) -> Path:
+    """The starter's tokenizer, in a folder of this machine. It is read as data, never run."""
+    folder = directory / TOKENIZER
+    try:
+        data = transport.get(manifest.starter, TOKENIZER, _TOKENIZER_BYTES)
+        if data is None:
+            raise BadMessage("it is not there")
+        message = read_message(
+            data,
+            run=manifest.run,
+            kind=TOKENIZER,
+            limit=_TOKENIZER_BYTES,
+            peer=manifest.starter,
+            round=0,
+        )
+        names = message.body.get("files")
+        if not isinstance(names, list) or len(names) != len(message.planes):
+            raise BadMessage("it names no files")
+        for name, plane in zip(names, message.planes, strict=True):
+            if not isinstance(name, str) or Path(name).name != name or name.startswith("."):
+                raise BadMessage(f"{name!r} is no file's name")
+            if not name.endswith((".json", ".txt", ".model", ".jinja")):
+                raise BadMessage(f"{name!r} is no file of a tokenizer")
+            folder.mkdir(parents=True, exist_ok=True)
+            place = directory if name == CONFIG else folder
+            write_atomically(place / name, plane.tobytes())
+    except ValueError as error:
+        what = f"the run's tokenizer cannot be read: {error}"
+        raise UserError(Mistake(what, "ask whoever started the run")) from None
+    return folder
