@@ -25,13 +25,13 @@ SCHEDULES = {"gpipe", "1f1b", "interleaved", "zero_bubble", "zbv", "dualpipev"}
 # Family, keys of its config, settings, workers, plans. Together: every axis, schedule and method,
 # tied and untied embeddings, windows, soft caps, fused projections, latent attention, dropout.
 CASES = [
-    ("llama", {"tie_word_embeddings": True}, {}, 4, 6),
+    ("llama", {"tie_word_embeddings": True}, {}, 4, 4),
     ("llama", {}, {"dropout": 0.2}, 4, 3),
-    ("gemma2", {"sliding_window": 16}, {}, 4, 4),
+    ("gemma2", {"sliding_window": 16}, {}, 4, 3),
     ("phi3", {}, {}, 2, 3),
     ("olmo2", {}, {}, 2, 3),
-    ("mixtral", {"num_local_experts": 8}, {"router_balance_loss": 0.01}, 4, 5),
-    ("deepseek_v3", {}, {"router_z_loss": 0.001}, 4, 4),
+    ("mixtral", {"num_local_experts": 8}, {"router_balance_loss": 0.01}, 4, 3),
+    ("deepseek_v3", {}, {"router_z_loss": 0.001}, 4, 2),
 ]
 
 

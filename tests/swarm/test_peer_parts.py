@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -68,6 +69,17 @@ def test_desk_hurries_who_has_something_to_give() -> None:
     assert not desk.offer(lambda round: None)  # the outcome comes first
     desk.outcome(None)
     assert desk.wanted(1) == "go on"  # that hurry was for the round before
+
+
+def test_desk_wants_another_contribution_of_who_healed_in_the_same_round() -> None:
+    desk = Desk(inner_steps=4, delay=0)
+    desk.begin(Agreed(5, torch.zeros(4)), offered=False)
+    assert desk.offer(lambda round: None)
+    desk.deliver(Outcome(5, Agreed(5, torch.zeros(4)), Agreed(5, torch.ones(4)), replaced=True))
+    assert desk.wanted(0) == "merge"
+    assert desk.outcome(0.0) is not None
+    assert [desk.wanted(steps) for steps in (0, 3, 4)] == ["go on", "go on", "contribute"]
+    assert desk.offer(lambda round: None)
 
 
 def test_desk_gives_up_what_was_trained_rather_than_pile_up_outcomes() -> None:
@@ -158,17 +170,18 @@ def test_errand_that_nobody_wants_any_more_is_dropped() -> None:
 
 def state(round: int) -> State:
     agreed = Agreed(round, torch.randn(10), {"momentum": torch.randn(10)})
-    ledger = Ledger(("ff" * 10,), {"aa" * 10: Standing(mean=12.0, excluded="lied")})
-    return State(agreed, Own({"unsent": torch.randn(10)}), ledger, "hash", ("aa" * 10,))
+    standing = {"aa" * 10: Standing(mean=12.0, excluded="lied")}
+    ledger = Ledger(("ff" * 10,), standing, electorate=("aa" * 10,))
+    return State(agreed, Own({"unsent": torch.randn(10)}), ledger, "hash")
 
 
 def test_memory_gives_back_what_it_was_given(tmp_path: Path) -> None:
-    memory, kept = Memory(tmp_path), state(7)
+    memory, kept = Memory(tmp_path, "run"), state(7)
     memory.save(kept)
     offered = Offered(7, "d" * 64, b"bytes of a message", kept.own)
     memory.keep_offered(offered)
     memory.close()
-    memory = Memory(tmp_path)
+    memory = Memory(tmp_path, "run")
     found, again = memory.load(), memory.offered(7)
     assert found is not None and again is not None and again.after is not None
     assert (found.agreed.round, found.base, found.electorate) == (7, "hash", ("aa" * 10,))
@@ -183,7 +196,7 @@ def test_memory_gives_back_what_it_was_given(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [0, 5, 100, -1])
 def test_half_a_state_is_none(tmp_path: Path, size: int) -> None:
-    memory = Memory(tmp_path)
+    memory = Memory(tmp_path, "run")
     assert memory.load() is None
     memory.save(state(1))
     path = tmp_path / "state"
@@ -193,7 +206,7 @@ def test_half_a_state_is_none(tmp_path: Path, size: int) -> None:
 
 
 def test_memory_forgets_rounds(tmp_path: Path) -> None:
-    memory = Memory(tmp_path)
+    memory = Memory(tmp_path, "run")
     for round in range(4):
         memory.keep_contribution(round, "d" * 64, bytes([round]))
         memory.keep_offered(Offered(round, "d" * 64, b"x"))
@@ -202,6 +215,41 @@ def test_memory_forgets_rounds(tmp_path: Path) -> None:
     assert kept == [None, None, b"\2", b"\3"]
     assert [memory.offered(round) is None for round in range(4)] == [True, True, True, False]
     memory.close()
+
+
+def test_older_state_never_replaces_a_newer_one(tmp_path: Path) -> None:
+    memory, older, newer = Memory(tmp_path, "run"), state(7), state(6)  # newer: it healed
+    for each in (newer, older):
+        memory.save(each)
+    found = memory.load()
+    assert found is not None and found.agreed.round == 6
+    memory.save(newer)
+    memory.close()
+
+
+def test_two_threads_may_keep_the_same_contribution(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory, both, write = Memory(tmp_path, "run"), threading.Barrier(2), Path.write_bytes
+
+    def write_together(path: Path, data: bytes) -> None:
+        write(path, data)
+        both.wait(10.0)
+
+    monkeypatch.setattr(Path, "write_bytes", write_together)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda data: memory.keep_contribution(3, "d" * 64, data), [b"x", b"x"]))
+    assert memory.contribution(3, "d" * 64) == b"x"
+    memory.close()
+
+
+def test_what_a_killed_process_left_is_swept(tmp_path: Path) -> None:
+    left = [tmp_path / ".state.123.tmp", tmp_path / "offered" / ".5.123.tmp"]
+    (tmp_path / "offered").mkdir()
+    for each in left:
+        each.write_bytes(b"half of it")
+    Memory(tmp_path, "run").close()
+    assert not any(each.exists() for each in left)
 
 
 # Card

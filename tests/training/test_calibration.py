@@ -60,9 +60,9 @@ def test_every_kernel_of_one_process_is_measured(kernel):
 
 
 def test_all_kernels_are_in_the_grid():
-    assert {each.kernel for each in (*basics(2), *grid())} == set(KERNELS)
+    assert {each.kernel for each in (*basics(2, "bf16"), *grid())} == set(KERNELS)
     assert {*SMALL, *COLLECTIVES} == set(KERNELS)
-    for each in (*basics(4), *grid()):
+    for each in (*basics(4, "bf16"), *grid()):
         assert len(each.shape) == len(KERNELS[each.kernel])
 
 

@@ -22,10 +22,12 @@ from trainwright.parallel.world import World
 from trainwright.planner.plan import Plan
 from trainwright.recipe.schema import Recipe
 from trainwright.swarm.identity import Identity
+from trainwright.training.evaluate import batch_loss
 from trainwright.training.gathering import Gathering
 from trainwright.training.launch import INTERRUPTED
 from trainwright.training.pool import WorkerPool
-from trainwright.training.sameness import Trial
+from trainwright.training.reference import give_back
+from trainwright.training.sameness import Trial, made_batch, rows_of
 
 SHAPE = {
     "hidden_size": 32,
@@ -65,10 +67,23 @@ def trial(plan: Plan, rank: int) -> Trial:
 
 
 def gathered(plan: Plan) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """In a worker: the weights, and what they are after other ones were put in their place."""
-    gathering = Gathering(trial(plan, torch.distributed.get_rank()).model)
+    """In a worker: the weights, and what they are after other ones were put in their place twice,
+    with a forward pass in between, which leaves sharded weights gathered.
+    """
+    one = trial(plan, torch.distributed.get_rank())
+    gathering = Gathering(one.model)
     first = gathering.weights()
+    gathering.put_back(None if first is None else first + 1)
+    own = plan.rows_of(one.model.mesh.index("data"))
+    batch = rows_of(made_batch(0, rows=16, sequence=64, vocabulary=64, seed=0), own)
+    with torch.no_grad():
+        batch_loss(one.model, one.step.objective, batch, micro_batch=plan.micro_batch)
     gathering.put_back(None if first is None else torch.arange(len(first)) / 7)
+    one.train(0)  # what was only a copy is gone after it
+    for optimizer in one.optimizers:
+        optimizer.zero_grad()
+    gathering.put_back(None if first is None else torch.arange(len(first)) / 7)
+    give_back(one.model)
     return first, gathering.weights()
 
 

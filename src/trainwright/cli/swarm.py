@@ -116,6 +116,7 @@ def status(
         from trainwright.swarm.runs import find_run
         from trainwright.swarm.status import Watch
         from trainwright.swarm.transports.open import open_transport
+        from trainwright.swarm.transports.transport import TransportError
         from trainwright.training.swarm_file import no_run
 
         transport = open_transport(url, Identity.new(), Path(folder))
@@ -129,7 +130,12 @@ def status(
             pause = min(5.0, manifest.rules.silence / 10) + 0.5
             while True:
                 time.sleep(pause)
-                _show(look.look(), console.print)
+                try:
+                    _show(look.look(), console.print)
+                except TransportError as error:
+                    if not watch:
+                        raise
+                    console.print(f"out of reach just now: {error}", markup=False)
                 if not watch:
                     break
         finally:
@@ -158,12 +164,16 @@ def validate(
 def export(
     url: Url,
     destination: Annotated[Path, typer.Argument(help="Folder to write.")] = Path("swarm-model"),
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(help="Where this machine has files that the recipe names: model.path=…"),
+    ] = None,
 ) -> None:
     """Fetch the newest agreed model as a Hugging Face directory."""
     with _told():
         from trainwright.training import swarm_runs
 
-        rounds, folder = swarm_runs.export(url, destination, say=_printer())
+        rounds, folder = swarm_runs.export(url, destination, overrides or [], say=_printer())
     typer.echo(f"{folder}: the model after {rounds} rounds")
 
 
@@ -172,6 +182,7 @@ def _told() -> Iterator[None]:
     """A package of the extra that is missing, or a place that is away, in a sentence."""
     from trainwright.errors import Mistake, UserError
     from trainwright.swarm.transports.transport import TransportError
+    from trainwright.training.swarm_file import away
 
     try:
         yield
@@ -181,8 +192,7 @@ def _told() -> Iterator[None]:
         what = f"`trainwright swarm` needs the package {error.name}"
         raise UserError(Mistake(what, "pip install 'trainwright[swarm]'")) from None
     except TransportError as error:
-        what = f"the run's place cannot be reached: {error}"
-        raise UserError(Mistake(what, "look up the URL, and try again")) from None
+        raise away(error) from None
 
 
 def _printer() -> Callable[[str], None]:
@@ -205,6 +215,7 @@ def _show(status: RunStatus, echo: Callable[..., None]) -> None:
 
 def _table(status: RunStatus) -> Table:
     from rich.table import Table
+    from rich.text import Text
 
     from trainwright.swarm.status import COLUMNS, table
 
@@ -212,5 +223,5 @@ def _table(status: RunStatus) -> Table:
     for column in COLUMNS:
         found.add_column(column, justify="left" if column in ("peer", "state") else "right")
     for row in table(status):
-        found.add_row(*row)
+        found.add_row(*map(Text, row))  # names are strangers' text, and no markup
     return found

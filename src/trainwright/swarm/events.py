@@ -7,6 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+MOST_ENTRIES = 350
+"""Contributions, and reports, that a decision can name: twice as many fit into a message."""
+
 
 @dataclass(frozen=True)
 class Decision:

@@ -67,6 +67,7 @@ class Ledger:
     validators: tuple[str, ...] = ()  # whose scores count though they contribute nothing
     standing: Mapping[str, Standing] = field(default_factory=dict)
     past: tuple[Past, ...] = ()
+    electorate: tuple[str, ...] = ()  # of the last agreed round, sorted; who was refused is not
 
     @property
     def excluded(self) -> frozenset[str]:
@@ -87,6 +88,7 @@ class Ledger:
             "validators": list(self.validators),
             "standing": {peer: each.to_json() for peer, each in self.standing.items()},
             "past": [each.to_json() for each in self.past],
+            "electorate": list(self.electorate),
         }
 
     @classmethod
@@ -97,6 +99,7 @@ class Ledger:
                 tuple(str(each) for each in written["validators"]),
                 {str(peer): Standing.from_json(x) for peer, x in written["standing"].items()},
                 tuple(Past.from_json(each) for each in written["past"]),
+                tuple(str(each) for each in written["electorate"]),
             )
         except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"this is no ledger: {error}") from error

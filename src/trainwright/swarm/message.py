@@ -48,6 +48,7 @@ _SIZE = _RUN + RUN_BYTES
 _HEADER = _SIZE + 4
 _SIGNED = b"trainwright message\n"  # no signature for another purpose can be taken for a message's
 _KIND = re.compile(r"[a-z]{1,20}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 _LARGEST = 2**53  # integers above are not the same number in every reader of JSON
 
 Plane = NDArray[np.uint8]
@@ -154,6 +155,11 @@ def read_message(
         planes.append(np.frombuffer(view[end : end + size], np.uint8).copy())  # aligned, writable
         end += size
     return Message(kind, run, signer, header["round"], header["body"], planes, digest.hex())
+
+
+def is_digest(text: object) -> bool:
+    """Whether that can be a message's digest: only then may it be part of a path."""
+    return isinstance(text, str) and _DIGEST.fullmatch(text) is not None
 
 
 def write_json(value: Any) -> bytes:

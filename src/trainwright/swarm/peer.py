@@ -38,6 +38,7 @@ from trainwright.swarm.peer_memory import Memory
 from trainwright.swarm.peer_settle import Terms
 from trainwright.swarm.peer_shelves import Shelves
 from trainwright.swarm.scores import Evaluate, Score, try_contributions
+from trainwright.swarm.settings import refuse_too_few_bytes
 from trainwright.swarm.transports.transport import Transport
 
 __all__ = ["Outcome", "Peer", "Status", "Wanted"]
@@ -67,7 +68,7 @@ class Peer:
     all peers must be `swarm` (the recipe's section), `rate` (the inner learning rate by round),
     `most_tokens` (that a contribution may claim) and `seed`. `say` prints a line for the user.
 
-    Raises UserError where another process has the directory.
+    Raises UserError where another process has the directory, or `max_bytes` is too few.
     """
 
     def __init__(
@@ -86,8 +87,9 @@ class Peer:
         name: str = "",
     ) -> None:
         self.method, self.me = method, identity.peer
+        refuse_too_few_bytes(swarm, method, manifest.settings.fragments)
         terms = Terms(manifest.run, method, swarm, rate, most_tokens, seed)
-        self._memory = Memory(directory)
+        self._memory = Memory(directory, manifest.run)
         self._desk = Desk(method.inner_steps, method.delay)
         shelves = Shelves(transport, identity, manifest, terms)
         self._driver = Driver(shelves, self._memory, self._desk, manifest, say, name, __version__)
@@ -109,6 +111,11 @@ class Peer:
     def round(self) -> int:
         """The round that the trainer works on: outcomes of all before it were taken."""
         return self._desk.round
+
+    @property
+    def offered(self) -> bool:
+        """Whether this round's contribution was given already, perhaps before a crash."""
+        return self._desk.offered
 
     def wanted(self, steps: int) -> Wanted:
         """What is to be done after so many steps since the last offer, or since `start`.
@@ -179,8 +186,13 @@ class Peer:
         )
 
     def save(self) -> None:
-        """Make agreed and own state durable now; to be called with the trainer's checkpoints."""
-        self._memory.save(self._driver.duties.state)
+        """Make agreed and own state durable now, and what the state will be that is under way; to
+        be called with the trainer's checkpoints.
+        """
+        duties = self._driver.duties
+        if (offered := duties.offered) is not None and offered.after is not None:
+            self._memory.keep_offered(offered)
+        self._memory.save(duties.state)
 
     def leave(self) -> None:
         """Tell the others that this peer goes; a contribution under way is still delivered."""

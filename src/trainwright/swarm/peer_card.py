@@ -8,20 +8,20 @@ people to read (`swarm.status`).
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from itertools import islice
 from typing import Any
 
 from trainwright.swarm.identity import Identity
-from trainwright.swarm.message import BadMessage, read_message, write_message
+from trainwright.swarm.message import BadMessage, is_digest, read_message, write_message
 
 KEY = "card"
 STANDINGS = "standings"
 LARGEST, LARGEST_STANDINGS = 8 * 1024, 128 * 1024  # bytes
 _LONGEST_REASON = 300
+_MOST_RATINGS, _MOST_REASONS = 600, 30  # that fit into a message, whatever a reason's letters
 MOST_WANTS = 16
-_DIGEST = re.compile(r"(?:[0-9a-f]{64})?")
 LONGEST = 100  # characters of a name
 
 
@@ -86,8 +86,10 @@ class Standings:
 
     def message(self, run: str, identity: Identity) -> bytes:
         """The standings, signed."""
-        ratings = {peer: float(f"{rating:.4g}") for peer, rating in self.ratings.items()}
-        excluded = {peer: plain(why, _LONGEST_REASON) for peer, why in self.excluded.items()}
+        rated = islice(self.ratings.items(), _MOST_RATINGS)
+        ratings = {peer: float(f"{rating:.4g}") for peer, rating in rated}
+        barred = islice(self.excluded.items(), _MOST_REASONS)
+        excluded = {peer: plain(why, _LONGEST_REASON) for peer, why in barred}
         body = {"ratings": ratings, "excluded": excluded}
         return write_message(STANDINGS, run, self.round, body, [], identity)
 
@@ -128,7 +130,7 @@ def _is_text(value: Any) -> bool:
 
 
 def _is_digest(value: Any) -> bool:
-    return isinstance(value, str) and _DIGEST.fullmatch(value) is not None
+    return value == "" or is_digest(value)
 
 
 _CHECKS = {

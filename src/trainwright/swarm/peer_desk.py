@@ -86,6 +86,12 @@ class Desk:
         with self._changed:
             return self._round
 
+    @property
+    def offered(self) -> bool:
+        """Whether there is a contribution to the round that the trainer works on."""
+        with self._changed:
+            return self._offered == self._round
+
     def wanted(self, steps: int) -> Wanted:
         """See `Peer.wanted`."""
         with self._changed:
@@ -122,6 +128,8 @@ class Desk:
                 return None
             found = self._outcomes.popleft()
             self._round = found.after.round
+            if found.replaced:  # perhaps in the same round: what was offered for it is gone
+                self._offered = -1
             return found
 
     # The peer's side

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeVar
@@ -22,8 +22,7 @@ from trainwright.swarm.peer_desk import Desk, Outcome
 from trainwright.swarm.peer_duties import Duties
 from trainwright.swarm.peer_errands import Errands
 from trainwright.swarm.peer_memory import Memory, State
-from trainwright.swarm.peer_shelves import Shelves
-from trainwright.swarm.peer_upkeep import SNAPSHOT
+from trainwright.swarm.peer_shelves import SNAPSHOT, Shelves
 from trainwright.swarm.transports.transport import TransportError
 
 T = TypeVar("T")
@@ -115,7 +114,8 @@ class Driver:
     def alive(self) -> dict[str, Card]:
         """The cards of all that were heard of lately, this peer's among them."""
         now, silence = time.monotonic(), self.manifest.rules.silence
-        found = {p: each.card for p, each in self.sights.items() if now - each.changed <= silence}
+        sights = list(self.sights.items())  # at once: the trainer's thread asks too
+        found = {p: each.card for p, each in sights if now - each.changed <= silence}
         return {**found, self.me: self.card}
 
     # Beginning
@@ -147,12 +147,31 @@ class Driver:
 
     def _survey(self, state: State | None) -> State | None:
         """A newer state than this, where one is needed and to be had; on whatever thread."""
-        cards = {peer: self.shelves.card(peer) for peer in self.shelves.peers()}
-        known = {peer: card for peer, card in cards.items() if card is not None}
         have = state.agreed.round if state else -1
-        front = max((card.round for card in known.values()), default=0)
-        far = state is None or front >= have + rounds.FAR
-        return self.shelves.newest(known, have) if far else None
+        far = have + rounds.FAR if state else 1
+        cards: Mapping[str, Card] = self._others()
+        if any(card.round >= far for card in cards.values()):  # then it matters who lives
+            self._stopping.wait(2 * self.heartbeat)
+            cards = self._heeded(cards, self._others())
+        reached = sorted((card.round for card in cards.values()), reverse=True)
+        front = reached[len(reached) // 2] if reached else 0  # by more than half
+        return self.shelves.newest(cards, have, front) if not state or front >= far else None
+
+    def _others(self) -> dict[str, Card]:
+        """The cards of all others but those who have nothing to begin with either."""
+        cards = {peer: self.shelves.card(peer) for peer in self.shelves.peers()}
+        return {p: card for p, card in cards.items() if card and SNAPSHOT not in card.wants}
+
+    def _heeded(self, before: Mapping[str, Card], now: Mapping[str, Card]) -> Mapping[str, Card]:
+        """Whose word counts: those who wrote a new card between two looks. Where they are too few
+        for a round, the run is over or at rest: then those who came as far as so many.
+        """
+        moved = {p for p, card in before.items() if p in now and now[p].sequence > card.sequence}
+        quorum = self.manifest.rules.quorum
+        if len(moved) >= quorum:
+            return {peer: now[peer] for peer in moved}
+        reached = sorted((card.round for card in now.values()), reverse=True)[:quorum]
+        return {peer: card for peer, card in now.items() if card.round >= reached[-1]}
 
     def _patiently(self, work: Callable[[], T]) -> T | None:
         while not self._stopping.is_set():
@@ -191,14 +210,13 @@ class Driver:
             self.memory.log("away", why=why)
 
     def _is_current(self) -> bool:
-        """Whether this peer has looked at everything, and nothing is decided that it lacks."""
+        """Whether this peer has looked at everything, and nothing is decided that it lacks, unless
+        nobody has that: only who takes part can give such a decision up.
+        """
         here = self.rounds
-        return (
-            self.look > 1
-            and here.front is None
-            and here.decision is None
-            and self._register_empty == (here.round, here.attempt)
-        )
+        undecided = here.decision is None and self._register_empty == (here.round, here.attempt)
+        stuck = any((each.peer, each.digest) in here.missing for each in here.lacking)
+        return self.look > 1 and here.front is None and (undecided or stuck)
 
     def caught_up(self, offered: bool) -> None:
         """The trainer may begin; `offered`: for this round there is a contribution already."""
@@ -288,12 +306,17 @@ class Driver:
             if old is None or (card.round, card.offered) != (old.card.round, old.card.offered):
                 self._changed = time.monotonic()
         self.tell(CardSeen(peer, card.sequence, card.round, card.base, card.active))
-        self.duties.heed(peer, card, look)
+        try:
+            self.duties.heed(peer, card, look)
+        except (OSError, ValueError) as error:  # whatever a stranger thinks of, it ends no peer
+            self.memory.log("not heeded", peer=peer, what=repr(error))
 
     def read_register(self, round: int, attempt: int) -> None:
         """Look whether the round is decided."""
 
         def read(found: tuple[bool, Decision | None]) -> None:
+            if self.rounds.base != base:
+                return  # healed meanwhile: whom it excludes may be others now
             stands, decision = found
             if not stands:
                 self._register_empty = (round, attempt)
@@ -303,6 +326,7 @@ class Driver:
             if self.rounds.round == round and following not in (None, attempt):
                 self.read_register(round, following)
 
+        base = self.rounds.base
         excluded, key = self.duties.state.ledger.excluded, ("register", round, attempt)
         work = lambda: self.shelves.decision(round, attempt, excluded)  # noqa: E731
         self.errands.send(key, "small", work, read)

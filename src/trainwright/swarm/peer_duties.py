@@ -35,8 +35,9 @@ from trainwright.swarm.peer_desk import Outcome
 from trainwright.swarm.peer_log import Log
 from trainwright.swarm.peer_memory import Offered, State
 from trainwright.swarm.peer_reports import Reports, Trial
-from trainwright.swarm.peer_settle import Astray, Settlement, settle
-from trainwright.swarm.peer_upkeep import SNAPSHOT, Upkeep
+from trainwright.swarm.peer_settle import Astray, Gone, Settlement, settle
+from trainwright.swarm.peer_shelves import SNAPSHOT
+from trainwright.swarm.peer_upkeep import Upkeep
 
 if TYPE_CHECKING:
     from trainwright.swarm.peer_driver import Driver
@@ -59,7 +60,7 @@ class Duties:
         self.wants: set[str] = set()
         self.published = ""  # digest of this round's contribution, once it is on the shelf
         self.publishing = False
-        self._offered: Offered | None = None
+        self.offered: Offered | None = None  # to this round
         self._local: Tensor | None = None  # what the trainer gave for this round
         self._refused: str = ""
         self._earlier: dict[str, str] = {}  # digests of the planes of earlier rounds
@@ -85,9 +86,9 @@ class Duties:
             case Advance(decision):
                 self._advance(decision)
             case CatchUp(to):
-                self._take_up(self.state.agreed.round, f"the others are at round {to}")
-            case Heal():
-                self._take_up(self._distrust, "most peers have other weights")
+                self._take_up(self.state.agreed.round, to, f"the others are at round {to}")
+            case Heal(round):
+                self._take_up(self._distrust, round, "most peers have other weights")
 
     # This peer's contribution
 
@@ -96,7 +97,7 @@ class Duties:
         state, terms, shelves = self.state, self.terms, self.shelves
         rate = terms.rate_of(round)
         self.driver.loss, self.driver.tokens = loss, self.driver.tokens + tokens
-        if round != state.agreed.round or self._offered is not None:
+        if round != state.agreed.round or self.offered is not None:
             self._missed(local, rate, round)
             return
         self._local, self.publishing = local, True
@@ -118,12 +119,13 @@ class Duties:
             return offered
 
         def written(offered: Offered) -> None:
-            if self.state.agreed.round == round and self._offered is None:
+            if self.state.agreed is state.agreed and self.offered is None:
                 self._publish(offered)
             else:
                 self.publishing = False
 
-        self.errands.send(("write", round), "compute", write, written)
+        # Who heals while it writes has another one to write for the same round.
+        self.errands.send(("write", round, state.base), "compute", write, written)
 
     def come_back(self) -> None:
         """All caught up: offer again what was offered for this round before a crash."""
@@ -154,11 +156,14 @@ class Duties:
             self.driver.caught_up(False)
 
     def _publish(self, offered: Offered) -> None:
-        self._offered, self.publishing = offered, True
+        self.offered, self.publishing = offered, True
 
         def published(_: object) -> None:
             self.publishing = False
-            if self._offered is offered:
+            newer = self.offered
+            if newer is not None and newer is not offered and newer.round == offered.round:
+                self._publish(newer)  # given after healing, while the other one was under way
+            elif newer is offered:
                 self.published = offered.digest
                 self.reports.arrived(offered.round, self.me, offered.digest, self.driver.look)
                 self.driver.tell(events.Offered(offered.round, offered.digest))
@@ -180,8 +185,8 @@ class Duties:
         if card.round == round and card.offered:
             self.reports.arrived(round, peer, card.offered, look)
             self._get(round, peer, card.offered, decided=False)
-        if card.report and card.report_round >= round - 2:
-            self.reports.fetch(card.report_round + 1, peer, card.report)
+        if card.report and round - 2 <= card.report_round <= round:
+            self.reports.listed(card.report_round, peer, card.report)
         if card.wants:
             self.upkeep.serve(self.state, peer, card, self.driver.alive())
 
@@ -197,7 +202,7 @@ class Duties:
             return
         others = [each for each in self.driver.alive() if each not in (peer, self.me)]
         if report:
-            if self.reports.data(digest) is not None:
+            if self.reports.is_of(digest, peer):
                 self.driver.tell(ReportArrived(peer, digest))
             else:
                 lacks = lambda: self._lacks(round, peer, digest)  # noqa: E731
@@ -209,16 +214,14 @@ class Duties:
         state, terms, shelves, memory = self.state, self.terms, self.shelves, self.memory
 
         def fetch() -> Arrived | None:
-            found: tuple[bytes, Message] | None
             try:
-                if (data := memory.contribution(round, digest)) is not None:
-                    found = data, shelves.read_contribution(data, round, peer)
-                elif decided:
+                found = self._kept(round, peer, digest)
+                if found is None and decided:
                     found = shelves.decided_contribution(round, peer, digest, others)
-                else:
+                elif found is None:
                     found = shelves.contribution(round, peer)
-            except BadMessage as error:
-                return Arrived(round, peer, digest, error.reason)
+            except BadMessage as error:  # whatever it is, it is not what the card tells of
+                return Arrived(round, peer, "", error.reason)
             if found is None or found[1].round != state.agreed.round:
                 return None
             data, message = found
@@ -232,6 +235,8 @@ class Duties:
             return Arrived(round, peer, message.digest)
 
         def fetched(found: Arrived | None) -> None:
+            if self.state.agreed is not state.agreed:
+                return  # healed meanwhile: what is right is another now
             if found is None:
                 if decided:
                     self._lacks(round, peer, digest)
@@ -243,6 +248,12 @@ class Duties:
         key = ("contribution", round, peer, digest)
         still = lambda: self.state.agreed.round == round  # noqa: E731
         self.errands.send(key, "bulk", fetch, fetched, still)
+
+    def _kept(self, round: int, peer: str, digest: str) -> tuple[bytes, Message] | None:
+        """What was kept under that digest, if it is that peer's, and whole."""
+        data = self.memory.contribution(round, digest)
+        message = data and self.shelves.read_kept(data, round, peer, digest)
+        return (data, message) if data and message else None
 
     def _heard(self, peer: str, digest: str) -> None:
         self.driver.tell(ReportArrived(peer, digest))
@@ -276,30 +287,26 @@ class Duties:
         state, terms = self.state, self.terms
         reports = self.reports.bodies(decision.reports)
 
-        def work() -> Settlement | Astray:
+        def work() -> Settlement | Astray | Gone:
+            given = (terms, state.agreed, state.ledger, state.base, decision)
+            messages = self._messages(decision)
             try:
-                return settle(
-                    terms,
-                    state.agreed,
-                    state.ledger,
-                    state.base,
-                    decision,
-                    self._messages(decision),
-                    reports,
-                    self.me,
-                )
-            except Astray as astray:
-                return astray
+                return settle(*given, messages, reports, self.me)
+            except (Astray, Gone) as error:
+                return error
 
-        def done(found: Settlement | Astray) -> None:
+        def done(found: Settlement | Astray | Gone) -> None:
             if self.state is not state:
                 return  # another state was taken up meanwhile
             if isinstance(found, Astray):
-                self._take_up(self._distrust, "most contributions start from other weights")
+                self._take_up(self._distrust, decision.round, "most sent what other weights made")
+            elif isinstance(found, Gone):
+                self._lacks(decision.round, found.peer, found.digest)
             else:
                 self._advanced(decision, found)
 
-        self.errands.send(("advance", decision.round), "compute", work, done)
+        still = lambda: self.state is state  # noqa: E731
+        self.errands.send(("advance", decision.round), "compute", work, done, still)
 
     def _messages(self, decision: Decision) -> Iterator[Message]:
         """The decided contributions that this peer needs, one at a time; on another thread."""
@@ -312,27 +319,25 @@ class Duties:
         for peer, digest in decision.entries:
             if peer not in needed:
                 continue
-            data = self.memory.contribution(round, digest)
-            if data is None:
-                found = self.shelves.decided_contribution(round, peer, digest, ())
-                if found is None:
-                    continue  # of a pair one is gone; what was agreed is always here
-                data = found[0]
-            yield self.shelves.read_contribution(data, round, peer)
+            found = self._kept(round, peer, digest)
+            found = found or self.shelves.decided_contribution(round, peer, digest, ())
+            if found is not None:
+                yield found[1]
+            elif terms.agrees:  # of a pair one may be gone; without all, nothing is agreed
+                raise Gone(peer, digest)
 
     def _advanced(self, decision: Decision, found: Settlement) -> None:
         before, round = self.state, decision.round
         digest = dict(decision.entries).get(self.me, "")
-        offered = self._offered or self.memory.offered(round)
+        offered = self.offered or self.memory.offered(round)
         own = before.own
-        if digest and offered and offered.digest == digest:
+        refused = found.refused.get(self.me)
+        if digest and offered and offered.digest == digest and refused is None:
             own = offered.after or own
         elif self._local is not None:
             rate = self.terms.rate_of(round)
             own = self.terms.method.missed(before.agreed, own, round, self._local, rate)
-        members = tuple(peer for peer, _ in decision.entries)
-        electorate = before.electorate if decision.failed else members
-        self.state = State(found.agreed, own, found.ledger, found.base, electorate)
+        self.state = State(found.agreed, own, found.ledger, found.base)
         self._distrust = self._distrust if decision.failed else -1
         self.log.round(decision, found)
         self.trial = None
@@ -340,7 +345,6 @@ class Duties:
             self.trial = Trial(before.agreed, found.to_try, self.terms.rate_of(round))
         elif not decision.failed and self.driver.active:
             self.reports.tell(round, {})
-        refused = found.refused.get(self.me)
         outcome = Outcome(
             round,
             before.agreed,
@@ -360,7 +364,7 @@ class Duties:
 
     def _next(self, outcome: Outcome) -> None:
         """The agreed state is another one: nothing of the last round's is under way any more."""
-        self._offered = self._local = None
+        self.offered = self._local = None
         self.published, self.publishing = "", False
         self._fresh = {}
         self._fetched.clear()
@@ -372,10 +376,10 @@ class Duties:
         """The round was over before the trainer's contribution came."""
         state, method = self.state, self.terms.method
         own = method.missed(state.agreed, state.own, round, local, rate)
-        self.state = State(state.agreed, own, state.ledger, state.base, state.electorate)
+        self.state = State(state.agreed, own, state.ledger, state.base)
 
-    def _take_up(self, after: int, why: str) -> None:
-        """Go on from the newest snapshot of a round over `after`; the rounds since are replayed."""
+    def _take_up(self, after: int, front: int, why: str) -> None:
+        """Go on from the newest snapshot of a round over `after`, and replay what came since."""
         if time.monotonic() < self._asked.get(("", SNAPSHOT), 0.0):
             return
         cards = self.driver.alive()
@@ -391,4 +395,5 @@ class Duties:
             self._next(Outcome(old.agreed.round, old.agreed, state.agreed, replaced=True))
             self.upkeep.save(state)
 
-        self.errands.send("take up", "bulk", lambda: self.shelves.newest(cards, after), found)
+        look = lambda: self.shelves.newest(cards, after, front)  # noqa: E731
+        self.errands.send("take up", "bulk", look, found)

@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from trainwright.swarm.events import Decision
+from trainwright.swarm.peer_card import plain
 from trainwright.swarm.peer_settle import Settlement
 
 if TYPE_CHECKING:
     from trainwright.swarm.peer_driver import Driver
+
+_LONGEST = 200  # characters of a reason, which may quote a stranger
 
 
 class Log:
@@ -42,7 +45,8 @@ class Log:
         if decision.failed:
             self.say(f"round {round} failed: too few contributions; nobody's work is lost")
         for peer, refused in found.refused.items():
-            self.memory.log("passed over", round=round, peer=peer, reason=refused.reason)
+            reason = plain(refused.reason, _LONGEST)
+            self.memory.log("passed over", round=round, peer=peer, reason=reason)
         for each in found.verdicts:
             self.memory.log(
                 "verdict",
@@ -57,6 +61,7 @@ class Log:
 
     def refused(self, round: int, peer: str, reason: str) -> None:
         """A peer has signed what cannot be a contribution."""
+        reason = plain(reason, _LONGEST)
         self.say(f"round {round}: refused what {self.name(peer)} sent: {reason}")
         self.memory.log("refused", round=round, peer=peer, reason=reason)
 

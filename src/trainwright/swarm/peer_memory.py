@@ -13,6 +13,7 @@ it is on the shelf: a peer that comes back offers the same bytes for the same ro
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import os
 import shutil
@@ -37,13 +38,20 @@ _SHARE = 40  # of the time at most one part in so many goes into writing either
 
 @dataclass(frozen=True)
 class State:
-    """All that a peer knows between two rounds; its parts are never changed, only replaced."""
+    """All that a peer knows between two rounds; its parts are never changed, only replaced. Later
+    ones have greater numbers.
+    """
 
     agreed: Agreed
     own: Own
     ledger: Ledger
     base: str  # hash of agreed state and ledger
-    electorate: tuple[str, ...] = ()  # peers of the last round that agreed on something
+    number: int = field(init=False, compare=False, default_factory=itertools.count().__next__)
+
+    @property
+    def electorate(self) -> tuple[str, ...]:
+        """Who took part in the last round that agreed on something."""
+        return self.ledger.electorate
 
 
 @dataclass(frozen=True)
@@ -59,10 +67,12 @@ class Offered:
 
 
 class Memory:
-    """The directory, locked: raises UserError where another process has it."""
+    """The directory, locked: raises UserError where another process has it. What is there of
+    another run than `run` is none of this one's.
+    """
 
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path, run: str) -> None:
+        self.directory, self.run = directory, run
         directory.mkdir(parents=True, exist_ok=True)
         self._lock = os.open(directory / "lock", os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
         try:
@@ -72,23 +82,29 @@ class Memory:
             what = "another process is this peer already"
             fix = "wait for it to end, or give this one a directory of its own"
             raise UserError(Mistake(what, fix, where=str(directory))) from None
-        self._writing = threading.Lock()
+        for left in (*directory.glob(".state.*.tmp"), *directory.glob("offered/.*.tmp")):
+            left.unlink(missing_ok=True)  # half a file of a process that was killed
+        self._writing = threading.RLock()
+        self._saved = -1  # number of the state that stands there
         self._due: dict[str, float] = {}  # when to write again, by what and the monotonic clock
 
     # The state
 
     def save(self, state: State) -> None:
-        """Replace the state that stands there."""
+        """Replace the state that stands there, unless that is a newer one; from any thread."""
         agreed = state.agreed
         facts = {
             "round": agreed.round,
             "base": state.base,
             "ledger": state.ledger.to_json(),
-            "electorate": state.electorate,
+            "run": self.run,
         }
         outer = {f"outer.{name}": values for name, values in agreed.outer.items()}
         tensors = {"weights": agreed.weights, **outer, **_own(state.own)}
-        self._write("state", "", tensors, facts)
+        with self._writing:
+            if state.number >= self._saved:
+                self._saved = state.number
+                self._write("state", "", tensors, facts)
 
     def load(self) -> State | None:
         """What `save` wrote last; None where nothing readable is."""
@@ -96,10 +112,12 @@ class Memory:
         if found is None:
             return None
         tensors, facts = found
+        if facts.get("run") != self.run:
+            return None
         agreed = Agreed(facts["round"], tensors["weights"], _under("outer.", tensors))
         own = Own(_under("own.", tensors))
         ledger = Ledger.from_json(facts["ledger"])
-        return State(agreed, own, ledger, facts["base"], tuple(facts["electorate"]))
+        return State(agreed, own, ledger, facts["base"])
 
     def due(self, what: str) -> bool:
         """Whether enough time went by since the last `state` or `offered` for one of its length."""
@@ -111,7 +129,7 @@ class Memory:
         """Called before the contribution is published."""
         data = torch.frombuffer(bytearray(offered.data), dtype=torch.uint8)
         tensors = {"data": data, **_own(offered.after or Own())}
-        facts = {"digest": offered.digest, "after": offered.after is not None}
+        facts = {"digest": offered.digest, "after": offered.after is not None, "run": self.run}
         self._write("offered", str(offered.round), tensors, facts)
 
     def offered(self, round: int) -> Offered | None:
@@ -120,6 +138,8 @@ class Memory:
         if found is None:
             return None
         tensors, facts = found
+        if facts.get("run") != self.run:
+            return None
         after = Own(_under("own.", tensors)) if facts["after"] else None
         return Offered(round, facts["digest"], tensors["data"].numpy().tobytes(), after)
 
@@ -129,7 +149,7 @@ class Memory:
         """Keep a message until its round is long over; read again by digest, so not flushed."""
         path = self.directory / "rounds" / str(round) / digest
         path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_suffix(".tmp")
+        beside = path.with_suffix(f".{threading.get_ident()}.tmp")
         beside.write_bytes(data)
         beside.replace(path)
 

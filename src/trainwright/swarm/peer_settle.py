@@ -16,15 +16,21 @@ from trainwright.recipe.swarm import Swarm
 from trainwright.swarm.aggregation import clip_to_median
 from trainwright.swarm.agreed_hash import agreed_hash
 from trainwright.swarm.checks import Checked, Refused, check_contribution, largest_norm
-from trainwright.swarm.events import Decision
+from trainwright.swarm.events import MOST_ENTRIES, Decision
 from trainwright.swarm.identity import Identity, is_peer
 from trainwright.swarm.layout import take
 from trainwright.swarm.ledger import Ledger, Verdict, judge
-from trainwright.swarm.message import HEADER_BYTES, BadMessage, Message, read_message, write_message
+from trainwright.swarm.message import (
+    HEADER_BYTES,
+    BadMessage,
+    Message,
+    is_digest,
+    read_message,
+    write_message,
+)
 from trainwright.swarm.methods.method import Agreed, Method, Received
 
 DECISION_BYTES = HEADER_BYTES + 4096
-_MOST_ENTRIES = 500
 
 
 @dataclass(frozen=True)
@@ -75,11 +81,19 @@ class Terms:
 
 
 class Astray(Exception):  # noqa: N818
-    """Most of a round's contributions start from `base`, and this peer's state is another."""
+    """Most of those who made the last round start from `base`: this peer has gone astray."""
 
     def __init__(self, base: str) -> None:
         super().__init__(base)
         self.base = base
+
+
+class Gone(Exception):  # noqa: N818
+    """A decided contribution that was here is not any more, and its owner does not have it."""
+
+    def __init__(self, peer: str, digest: str) -> None:
+        super().__init__(peer, digest)
+        self.peer, self.digest = peer, digest
 
 
 @dataclass(frozen=True)
@@ -109,13 +123,14 @@ def settle(
     that failed none; `reports` the bodies of the decided reports, by peer. `me` says only which
     contributions are kept: those that this peer is to try.
 
-    Raises Astray where most contributions were made from another state than `base`.
+    Raises Astray where more than half of those who took part in the last agreed round contribute
+    from one other state than `base`; strangers do not count, there is no end of them.
     """
     round = agreed.round
     checked, refused, losses = list[Checked](), dict[str, Refused](), dict[str, float]()
-    bases = list[str]()
+    bases = Counter[str]()
     for message in messages:
-        bases.append(str(message.body.get("base")))
+        bases[str(message.body.get("base"))] += message.peer in ledger.electorate
         found = terms.check(agreed, base, message)
         if isinstance(found, Refused):
             refused[message.peer] = found
@@ -123,10 +138,14 @@ def settle(
             checked.append(found)
             if found.loss is not None:
                 losses[found.peer] = found.loss
-    if terms.agrees and bases and (most := most_common(bases)) != base:
-        raise Astray(most)
+    for most, count in bases.most_common(1):
+        if terms.agrees and most != base and 2 * count > len(ledger.electorate):
+            raise Astray(most)
     received = [Received(each.peer, each.values, float(each.tokens)) for each in checked]
     del checked
+    members = [each.peer for each in received] if terms.agrees else list(dict(decision.entries))
+    if members:
+        ledger = dataclasses.replace(ledger, electorate=tuple(members))
     to_try: list[Received] = []
     verdicts: tuple[Verdict, ...] = ()
     if terms.agrees:
@@ -183,12 +202,12 @@ def read_decision(
 
 def _pairs(value: Any) -> tuple[tuple[str, str], ...] | None:
     """Peers, each once and sorted, with a digest each."""
-    if not isinstance(value, list) or len(value) > _MOST_ENTRIES:
+    if not isinstance(value, list) or len(value) > MOST_ENTRIES:
         return None
     found = []
     for each in value:
         match each:
-            case [str(peer), str(digest)] if is_peer(peer) and len(digest) == 64:
+            case [str(peer), str(digest)] if is_peer(peer) and is_digest(digest):
                 found.append((peer, digest))
             case _:
                 return None

@@ -12,6 +12,7 @@ it is away; nothing here remembers anything but the rates of the link.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 
@@ -35,10 +36,10 @@ from trainwright.swarm.peer_settle import (
 )
 from trainwright.swarm.transports.transport import Transport
 
+SNAPSHOT = "snapshot"  # what a card wants that finds none
 _WORTH_TIMING = 2**15  # bytes: smaller objects measure the delay of a link, not its rate
 REPORT_BYTES = 2 * HEADER_BYTES
 _OLD_REPORTS = 4  # rounds after which nobody takes a report in any more
-_MOST_FAILED = 50  # rounds in a row, over which the last electorate is looked for
 
 
 class Shelves:
@@ -113,6 +114,13 @@ class Shelves:
             data, run=self.run, kind="contribution", limit=limit, peer=peer, round=round
         )
 
+    def read_kept(self, data: bytes, round: int, peer: str, digest: str) -> Message | None:
+        """The same, if it is what that digest names; None for whatever else it is."""
+        with suppress(BadMessage):
+            message = self.read_contribution(data, round, peer)
+            return message if message.digest == digest else None
+        return None
+
     def decided_contribution(
         self, round: int, peer: str, digest: str, others: Iterable[str]
     ) -> tuple[bytes, Message] | None:
@@ -173,7 +181,10 @@ class Shelves:
         """Write a register, or read what somebody was first with; None for no decision."""
         data = write_decision(decision, self.run, self.identity)
         name = register(decision.round, attempt)
-        found = self.transport.settle(name, data, electorate)
+        try:
+            found = self.transport.settle(name, data, electorate)
+        except ValueError:  # somebody was first with what is larger than any decision
+            return None
         return self._decision(found, decision.round, excluded)
 
     def decided(self, round: int) -> Decision | None:
@@ -207,14 +218,19 @@ class Shelves:
                         found.append((int(number), peer))
         return sorted(found, reverse=True)
 
-    def newest(self, cards: Mapping[str, Card], after: int) -> State | None:
+    def newest(self, cards: Mapping[str, Card], after: int, front: int) -> State | None:
         """The state in the newest snapshot of a round over `after` that most peers vouch for, with
-        no own vectors yet; None where there is none.
+        no own vectors yet; None where there is none. `front` is as far as the run has come: of
+        later rounds anybody can put up anything. `cards` are of those whose word counts.
         """
+        others = {peer: card for peer, card in cards.items() if SNAPSHOT not in card.wants}
+        others.pop(self.me, None)
         for round, holder in self.snapshots():
+            if round > front:
+                continue
             if round <= after:
                 break
-            base = self._vouched(round, cards)
+            base = self._vouched(round, others)
             if base is None:
                 continue
             try:
@@ -235,12 +251,12 @@ class Shelves:
                 continue
             own = self.terms.method.begin(agreed)
             hashed = self.terms.hash(agreed, ledger)
-            return State(agreed, own, ledger, hashed, self._electorate(round))
+            return State(agreed, own, ledger, hashed)
         return None
 
     def _vouched(self, round: int, cards: Mapping[str, Card]) -> str | None:
         """The hash that the state before a round must have: what most of the contributions to it
-        start from, or most cards of that round name. None where nobody says; "" where nothing is
+        start from, or more than half of the cards. None where nobody says; "" where nothing is
         agreed.
         """
         if round == 0:
@@ -253,26 +269,22 @@ class Shelves:
             found = self.decided_contribution(round, peer, digest, cards)
             if found is not None:
                 bases.append(str(found[1].body.get("base")))
-        bases = bases or [card.base for _, card in sorted(cards.items()) if card.round == round]
-        return most_common(bases) if bases else None
-
-    def _electorate(self, round: int) -> tuple[str, ...]:
-        """Who took part in the last agreed round before that one."""
-        for earlier in range(round - 1, max(-1, round - 1 - _MOST_FAILED), -1):
-            decision = self.decided(earlier)
-            if decision is not None and not decision.failed:
-                return tuple(peer for peer, _ in decision.entries)
-        return ()
+        if bases:
+            return most_common(bases)
+        votes = Counter(card.base for card in cards.values() if card.round == round)
+        return next((base for base, count in votes.items() if 2 * count > len(cards)), None)
 
     # This peer's own shelf
 
-    def clean(self, before: int) -> None:
-        """Take what is of rounds before that one off this peer's shelf, but not the genesis."""
-        for folder in ("rounds", "copies", "snapshots"):
+    def clean(self, before: int, snapshots: int) -> None:
+        """Take what is of rounds before the one off this peer's shelf, and snapshots of rounds
+        before the other, but not the genesis.
+        """
+        ends = {"rounds": (0, before), "copies": (0, before), "snapshots": (1, snapshots)}
+        for folder, (first, end) in ends.items():
             for listed in self.transport.keys(self.me, folder):
                 number = listed.key.split("/")[1]
-                first = 1 if folder == "snapshots" else 0
-                if number.isdigit() and first <= int(number) < before:
+                if number.isdigit() and first <= int(number) < end:
                     self.transport.delete(listed.key)
 
     def _time(self, way: int, size: int, started: float) -> None:

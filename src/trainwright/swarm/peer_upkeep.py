@@ -6,17 +6,21 @@ and where a snapshot did not come, the next two have the next turn, then the nex
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 
 from trainwright.swarm.peer_card import Card
 from trainwright.swarm.peer_errands import Errands
 from trainwright.swarm.peer_memory import Memory, State
 from trainwright.swarm.peer_reports import Reports
-from trainwright.swarm.peer_shelves import Shelves
+from trainwright.swarm.peer_shelves import SNAPSHOT, Shelves
 
-SNAPSHOT = "snapshot"  # what a card wants that finds none
 _SECONDS = 20.0  # between two standings
+_MOST_ROUNDS, _AT_ONCE = 1000, 100  # on a shelf, which holds only so much; cleaned together
+_COPY = re.compile(r"([0-9]{1,15})/([0-9a-f]{64})")  # a round, and what it decided
+_REACH = 4  # snapshots ago is the oldest round of which anything is put up
 
 
 class Upkeep:
@@ -35,14 +39,17 @@ class Upkeep:
     def after_round(self, state: State, cards: Mapping[str, Card]) -> None:
         """A round is over: save, write a snapshot if it is this peer's turn, and tidy up."""
         now = state.agreed.round
-        self._rounds |= {card.snapshot for card in cards.values() if 0 <= card.snapshot <= now}
+        told = {card.snapshot for card in cards.values()}
+        self._rounds |= {each for each in told if 0 <= each <= now and each % self.every == 0}
         self.save(state)
         if now % self.every == 0 and self.shelves.me in self._writers(state):
             self.write_snapshot(state)
         needed = sorted(self._rounds)[-2:][0]  # joiners may have begun with the one before the last
-        if needed > self._cleaned:
-            self._cleaned = needed
-            self.errands.send("clean", "small", lambda: self.shelves.clean(needed))
+        least = max(needed, now - now % _AT_ONCE - _MOST_ROUNDS)
+        if least > self._cleaned:
+            self._cleaned = least
+            self.snapshot = self.snapshot if self.snapshot >= needed else -1
+            self.errands.send("clean", "small", lambda: self.shelves.clean(least, needed))
             self.errands.send("forget", "compute", lambda: self.memory.forget(needed, needed))
         self.reports.forget(now)
         if state.ledger.standing and time.monotonic() >= self._standings_due:
@@ -67,28 +74,36 @@ class Upkeep:
         self.errands.send("snapshot", "bulk", work, written)
 
     def serve(self, state: State, peer: str, card: Card, cards: Mapping[str, Card]) -> None:
-        """Put up what a peer wants and cannot get, if this is the first of those who can."""
-        able = [
-            each for each, seen in cards.items() if seen.active and each != peer and not seen.wants
-        ]
-        if min(able, default="") != self.shelves.me:
+        """Put up what a peer wants and cannot get, if it is this one's turn of those who can: with
+        every card it is another's, for some of them may not have it, or not do it.
+        """
+        excluded = state.ledger.excluded | {peer}
+        able = sorted(
+            each
+            for each, seen in cards.items()
+            if seen.active and each not in excluded and not seen.wants
+        )
+        if not able or able[card.sequence % len(able)] != self.shelves.me:
             return
         for want in card.wants:
             if want == SNAPSHOT:
-                if self.snapshot < state.agreed.round - self.every // 2:
+                if self.snapshot < state.agreed.round - min(self.every, _MOST_ROUNDS) // 2:
                     self.write_snapshot(state)
                 continue
-            number, _, digest = want.partition("/")
-            if number.isdigit() and len(digest) == 64 and digest.isalnum():
-                round = int(number)
+            if (found := _COPY.fullmatch(want)) is None:
+                continue
+            round, digest = int(found[1]), found[2]
+            if 0 <= state.agreed.round - round <= _REACH * self.every:  # later `clean` gets there
                 data = self.reports.data(digest) or self.memory.contribution(round, digest)
                 if data is not None:
                     self._copy(round, digest, data)
 
     def _copy(self, round: int, digest: str, data: bytes) -> None:
-        self.errands.send(
-            ("copy", digest), "bulk", lambda: self.shelves.put_copy(round, digest, data)
-        )
+        def put() -> None:
+            with suppress(ValueError):  # a shelf that takes no more objects
+                self.shelves.put_copy(round, digest, data)
+
+        self.errands.send(("copy", digest), "bulk", put)
 
     def _writers(self, state: State) -> list[str]:
         """Whose turn it is: of the last round's peers, beginning with another one each time."""

@@ -28,6 +28,7 @@ from collections import Counter
 from dataclasses import replace
 
 from trainwright.swarm.events import (
+    MOST_ENTRIES,
     Action,
     Advance,
     Advanced,
@@ -104,7 +105,8 @@ def _absorbed(state: Rounds, event: Event, now: float) -> Rounds:
         case Arrived(round, peer, digest, reason) if round == state.round:
             return _with_contribution(state, peer, digest, reason, now)
         case Missing(round, peer, digest) if round == state.round:
-            return replace(state, missing=state.missing | {(peer, digest)})
+            here = {each: why for each, why in state.here.items() if each != (peer, digest)}
+            return replace(state, here=here, missing=state.missing | {(peer, digest)})
         case Settled(round, attempt, decision) if round == state.round:
             return _settled(state, decision, now) if attempt == unread(state, now) else state
     return state
@@ -212,10 +214,14 @@ def _proposal(state: Rounds, now: float) -> list[Action]:
         due = due or waited or not state.awaits_anybody(now)
     if not due or state.me in state.excluded | state.proposers:
         return []
-    decision = Decision(
-        state.round, state.me, tuple(sorted(entries.items())), tuple(sorted(reports.items()))
-    )
-    return [Propose(state.attempt, decision)]
+    chosen = _most(state, entries), _most(state, reports)
+    return [Propose(state.attempt, Decision(state.round, state.me, *chosen))]
+
+
+def _most(state: Rounds, found: dict[str, str]) -> tuple[tuple[str, str], ...]:
+    """As many as a decision can name, those of who took part in the last agreed round first."""
+    known = sorted(found.items(), key=lambda each: (each[0] not in state.electorate, each))
+    return tuple(sorted(known[:MOST_ENTRIES]))
 
 
 def _catch_up(state: Rounds, now: float) -> list[CatchUp]:

@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from trainwright.errors import Mistake, UserError
 from trainwright.recipe.schema import Optimizer
 from trainwright.recipe.swarm import CodecName, Swarm
+
+if TYPE_CHECKING:
+    from trainwright.swarm.methods.method import Method
 
 
 @dataclass(frozen=True)
@@ -126,6 +130,19 @@ def resolve_settings(
     return settings
 
 
+def refuse_too_few_bytes(swarm: Swarm, method: Method, fragments: int) -> None:
+    """Raise UserError where `max_bytes` refuses what an honest peer may have to send."""
+    most = max(method.most_bytes(round) for round in range(fragments))
+    if swarm.max_bytes is not None and swarm.max_bytes < most:
+        raise UserError(
+            Mistake(
+                f"contributions may have {swarm.max_bytes} bytes, and the codec needs up to {most}",
+                "leave it out, or take a coarser codec",
+                "swarm.max_bytes",
+            )
+        )
+
+
 def _mistakes(swarm: Swarm, optimizer: Optimizer, settings: Settings) -> Iterator[Mistake]:
     """What does not go together, each by its key."""
     method, steps = settings.method, settings.inner_steps
@@ -135,6 +152,12 @@ def _mistakes(swarm: Swarm, optimizer: Optimizer, settings: Settings) -> Iterato
             f"`density` is of sparse codecs, and the codec is {settings.codec}",
             "leave it out, or write `codec: top-k`",
             "swarm.density",
+        )
+    if settings.codec in SPARSE and swarm.trust.aggregation in ("median", "trimmed-mean"):
+        yield Mistake(
+            f"of {settings.codec} contributions most values are zero, and so is any median of them",
+            "write `aggregation: centred-clip`, or `mean`",
+            "swarm.trust.aggregation",
         )
     if method == "noloco":
         if settings.codec not in ("fp32", "bf16"):

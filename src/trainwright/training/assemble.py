@@ -227,18 +227,17 @@ def assemble(run: RunDirectory, world: World) -> Assembled:
         from trainwright.training.swarm_peer import PeerTrainer
 
         swarm = PeerTrainer(run, joined, recipe, step, trainer, held, writer, progress)
-        trainer.start = swarm.begin(meta)
+        trainer.start = swarm.begin(store, start, meta)
 
     save_every = recipe.checkpoint.every or -(-steps // 10)
 
     def state(done: int) -> tuple[State, dict]:
         meta = {"step": done, "loss_scale": step.loss_scale.state(), "world_size": world.size}
+        tensors = training_tensors(spread_model.parts, optimizers, spread_model.pieces)
         if swarm is not None:
-            meta |= swarm.meta()
-        return (
-            training_tensors(spread_model.parts, optimizers, spread_model.pieces),
-            meta,
-        )
+            more, place = swarm.saved()
+            tensors, meta = {**tensors, **more}, {**meta, **place}
+        return tensors, meta
 
     evaluation = EvaluationHook(
         run,

@@ -42,8 +42,10 @@ from trainwright.training.machine import usable_cores
 from trainwright.training.probes import with_lessons
 from trainwright.training.stopwatch import Point
 
-BUDGET_SECONDS = 240.0  # of measuring; starting the processes takes some more
+BUDGET_SECONDS = 255.0  # of measuring; starting the processes takes some more
 _CPU_WORKERS = (1, 2, 4)
+# Many at once have more to measure, and take longer for each.
+_SHARES = {1: 0.5, 2: 1.0}
 _SAVE_SECONDS = 5.0
 _BUSY_SHARE = 0.3  # of the cores
 _STARTING_SECONDS = 90.0  # importing torch and meeting, on a busy machine
@@ -74,7 +76,8 @@ def calibrate(
         missing = wanted
     ends = time.monotonic() + budget_seconds
     for turn, count in enumerate(counts):
-        share = (ends - time.monotonic()) / (len(counts) - turn)
+        weights = [_SHARES.get(each, 1.5) for each in counts[turn:]]
+        share = (ends - time.monotonic()) * weights[0] / sum(weights)
         known = _measure_crowd(known, machine, count, missing[count], share, say, folder)
     known = with_lessons(known, machine)
     write_calibration(known, folder)
@@ -125,7 +128,7 @@ def _wanted(
     if points is not None:
         return list(points(workers))
     own = of_job(job, precision, workers) if job is not None else ()
-    return list(dict.fromkeys([*basics(workers), *own, *grid()]))
+    return list(dict.fromkeys([*basics(workers, precision), *own, *grid()]))
 
 
 def _missing(known: Calibration, workers: int, points: Sequence[Point]) -> list[Point]:

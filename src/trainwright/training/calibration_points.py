@@ -17,7 +17,8 @@ PRECISIONS: tuple[Precision, ...] = ("bf16", "fp32")
 _ROWS, _SIDES = (64, 512, 4096), (128, 512, 2048)
 _HEADS, _TOKENS, _WIDTHS = (2, 16), (256, 1024), (64, 128)
 _BYTES = (48, 1 << 12, 1 << 17, 1 << 20, 1 << 22, 1 << 24, 1 << 26)  # of elements
-_MESSAGES = (1 << 10, 1 << 16, 1 << 19, 1 << 21, 1 << 23, 1 << 25)
+# The extremes first: where time runs out, what lies between is told from them.
+_MESSAGES = (1 << 25, 1 << 10, 1 << 21, 1 << 16, 1 << 23, 1 << 19)
 _LAYER = (4, 512, 512, 1408, 8, 8)
 _ATTENTIONS = tuple(name for name in KERNELS if "attention" in name)
 COLLECTIVES = tuple(name for name, axes in KERNELS.items() if axes == ("workers", "bytes"))
@@ -25,18 +26,19 @@ _MICRO_BATCHES = (1, 2, 4, 8, 16)
 _MOST_TOKENS = 8192  # of a micro-batch
 
 
-def basics(workers: int) -> Iterator[Point]:
+def basics(workers: int, precision: Precision) -> Iterator[Point]:
     """What every plan needs, measured with `workers` at once."""
     for size in _BYTES:
         yield Point("elements", "", (size,))
-    for precision in PRECISIONS:
-        yield from _layer(precision, _LAYER)
-    for kernel, group, size in itertools.product(COLLECTIVES, groups(workers), _MESSAGES):
+    for size, kernel, group in itertools.product(_MESSAGES, COLLECTIVES, groups(workers)):
         yield Point(kernel, "", (group, size))
+    yield from _layer(precision, _LAYER)
 
 
 def grid() -> Iterator[Point]:
-    """Attention and products of many shapes, for every recipe."""
+    """Layers, attention and products of many shapes, for every recipe."""
+    for precision in PRECISIONS:
+        yield from _layer(precision, _LAYER)
     for precision in PRECISIONS:
         for kernel, *shape in itertools.product(_ATTENTIONS, _HEADS, _TOKENS, _WIDTHS):
             yield Point(kernel, precision, tuple(shape))

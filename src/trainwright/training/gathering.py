@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 from trainwright.comm.local import local
 from trainwright.parallel.spread import SpreadModel
 from trainwright.swarm.layout import Layout
+from trainwright.training.reference import give_back
 
 Box = tuple[slice, ...]
 
@@ -41,6 +42,7 @@ class Gathering:
     def __init__(self, spread: SpreadModel) -> None:
         self.world, self.pieces = spread.mesh.world, spread.pieces
         self.spread = spread
+        give_back(spread)
         held: dict[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = {}
         for name, parameter in spread.unique_parameters():
             if parameter.requires_grad:
@@ -68,6 +70,7 @@ class Gathering:
 
     @torch.no_grad()
     def _collect(self, of: Callable[[Spot], Tensor | None]) -> Tensor | None:
+        give_back(self.spread)
         found = torch.empty(self.layout.count) if self.world.is_first else None
         for name, shape in self.layout.shapes:
             whole = torch.zeros(shape, device=self.world.device)
@@ -83,6 +86,8 @@ class Gathering:
     @torch.no_grad()
     def put_back(self, weights: Tensor | None) -> None:
         """Give every worker its parts of `weights`, fp32 [count], which the first one has."""
+        # Behind a forward pass parameters may be whole copies, which the next step throws away.
+        give_back(self.spread)
         parts = dict[str, list[nn.Parameter]]()
         for name, parameter in self.spread.named_parameters():  # tied copies too
             parts.setdefault(name, []).append(parameter)

@@ -29,6 +29,19 @@ from trainwright.training.step import StepStats
 from trainwright.training.tasks import Examiner, save_details
 
 
+class Every:
+    """Tells when a count has come to a multiple of `every`, or past one where it skips some."""
+
+    def __init__(self, every: int) -> None:
+        self.every, self.before = every, -1
+
+    def passed(self, done: int) -> bool:
+        """Whether it has since the last call; to be called with every count."""
+        before = done - 1 if self.before < 0 else self.before
+        self.before = done
+        return done // self.every > before // self.every
+
+
 class MetricsHook:
     """Writes a record of each step and moves the progress line; only the first worker has one."""
 
@@ -106,7 +119,7 @@ class EvaluationHook:
         progress: Progress | None,
     ) -> None:
         self.run, self.recipe = run, recipe
-        self.every, self.total_steps = every, total_steps
+        self.every, self.total_steps = Every(every), total_steps
         self.validation, self.spread, self.objective = validation, spread, objective
         self.reference = reference
         self.plan, self.world = spread.plan, spread.mesh.world
@@ -115,8 +128,8 @@ class EvaluationHook:
         self.newest: tuple[int, float] | None = None  # step and loss, for `checkpoint.keep_best`
 
     def after_step(self, done: int, stats: StepStats, seconds: float, last: bool) -> None:
-        finished = done == self.total_steps
-        if not finished and (done % self.every != 0 or stats.stop_requested):
+        finished, due = done == self.total_steps, self.every.passed(done)
+        if not finished and (not due or stats.stop_requested):
             return
         results: list[HeldOutLoss] = []
         rows = self.recipe.evaluation.rows
@@ -219,7 +232,7 @@ class CheckpointHook:
         asynchronous: bool,
         writer: MetricsWriter | None,
     ) -> None:
-        self.store, self.every, self.state = store, every, state
+        self.store, self.every, self.state = store, Every(every), state
         self.newest_evaluation, self.asynchronous, self.writer = (
             newest_evaluation,
             asynchronous,
@@ -227,7 +240,7 @@ class CheckpointHook:
         )
 
     def after_step(self, done: int, stats: StepStats, seconds: float, last: bool) -> None:
-        if done % self.every != 0 and not last:
+        if not self.every.passed(done) and not last:
             return
         started = time.perf_counter()
         tensors, meta = self.state(done)

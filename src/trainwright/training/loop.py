@@ -34,6 +34,7 @@ class Trainer:
     start: int = 0
     hooks: Sequence[Hook] = field(default_factory=list)
     stop_requested: bool = False  # set by a signal handler; all workers stop after the same step
+    unfinished: bool = False  # set by a hook that was interrupted behind the last step
     next_index: int = 0  # of the step to come; a hook may skip some, on all workers alike
 
     def run(self) -> int:
@@ -54,4 +55,6 @@ class Trainer:
                 hook.after_step(done, stats, seconds, last)
             if stats.stop_requested:
                 return done
+            if self.unfinished:
+                return done - 1
         return self.total_steps

@@ -40,6 +40,7 @@ _SHAPE = {
     "max_position_embeddings": 256,
 }
 _SEQUENCE, _ROWS, _MICRO_BATCH, _STEPS = 256, 16, 4, 3
+_MOST_OFF = math.log(3.0)  # beyond, it says more of what was not measured than of the machine
 
 
 def probe_plans(workers: int, threads: int) -> Iterator[Plan]:
@@ -110,6 +111,7 @@ def with_lessons(known: Calibration, machine: Machine) -> Calibration:
             plan = Plan.from_json(probe.plan)
             foretold = step_time(probe_job(), plan, cluster, simulated=False).total
             ratio = math.log(probe.seconds / foretold)
+            ratio = max(-_MOST_OFF, min(ratio, _MOST_OFF))
             probes.append(replace(probe, features=features(probe_job(), plan), log_ratio=ratio))
         known = known.added(replace(crowd, probes=tuple(probes)))
     return known

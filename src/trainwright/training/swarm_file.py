@@ -21,9 +21,21 @@ class Joined:
     name: str
     settings: Settings
 
+    def require(self, run: RunDirectory) -> None:
+        """Raise UserError where the directory takes part in another run."""
+        before = Joined.read(run)
+        if before is not None and before.run != self.run:
+            what = f"this directory belongs to a peer of another run, {before.run[:8]}"
+            raise UserError(Mistake(what, "give another --directory", where=str(run.path)))
+
     def write(self, run: RunDirectory) -> None:
-        """Into the run directory."""
+        """Into the run directory, for its owner's eyes: a ring's URL has the secret in it.
+
+        Raises UserError where the directory takes part in another run.
+        """
+        self.require(run)
         write_json(_file(run), asdict(self))
+        _file(run).chmod(0o600)
 
     @classmethod
     def read(cls, run: RunDirectory) -> Joined | None:
@@ -42,6 +54,13 @@ def _file(run: RunDirectory) -> Path:
 def own_directory(run: Path) -> Path:
     """What a peer keeps to itself, below its run directory: key, agreed and own state, log."""
     return run / OWN
+
+
+def away(error: Exception) -> UserError:
+    """The refusal of a place that cannot be reached."""
+    return UserError(
+        Mistake(f"the run's place cannot be reached: {error}", "look up the URL, and try again")
+    )
 
 
 def no_run(url: str) -> UserError:

@@ -8,6 +8,10 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from trainwright.checkpoint.store import CheckpointStore
 from trainwright.data.batches import Batches
 from trainwright.data.prepare import open_data
 from trainwright.errors import Mistake, UserError
@@ -25,16 +29,17 @@ from trainwright.swarm.peer import Peer
 from trainwright.swarm.runs import find_run
 from trainwright.swarm.settings import Settings
 from trainwright.swarm.transports.open import open_transport
-from trainwright.swarm.transports.transport import Transport
+from trainwright.swarm.transports.transport import Transport, TransportError
 from trainwright.training.loop import Trainer
 from trainwright.training.metrics import MetricsWriter
 from trainwright.training.progress import Progress
 from trainwright.training.run_directory import RunDirectory
 from trainwright.training.step import TrainStep
-from trainwright.training.swarm_file import Joined, own_directory
+from trainwright.training.swarm_file import Joined, away, own_directory
 from trainwright.training.swarming import Place, SwarmHook, Work, data_seed
 
 _CACHED_ORDERS = 8
+_SENT = "swarm.sent"  # in checkpoints
 
 
 def own_identity(run: Path) -> Identity:
@@ -62,15 +67,18 @@ def build_peer(
     Raises UserError where the run is not what was joined, or where its model is another.
     """
     identity = own_identity(directory)
-    transport = open_transport(joined.url, identity, own_directory(directory))
-    manifest = find_run(transport)
+    try:
+        transport = open_transport(joined.url, identity, own_directory(directory))
+        manifest = find_run(transport)
+    except TransportError as error:
+        raise away(error) from error
     if manifest is None or manifest.run != joined.run:
         there = f"run {manifest.run}" if manifest is not None else "no run"
         what = f"this directory joined run {joined.run}, and there is {there}"
-        raise UserError(Mistake(what, "join the new one in another directory", where=joined.url))
+        raise UserError(Mistake(what, "join the new one in another directory"))
     if manifest.layout != method.layout:
         what = "the model of this run is not the one that this recipe makes here"
-        raise UserError(Mistake(what, "say `model.path=` for the same model", where=joined.url))
+        raise UserError(Mistake(what, "say `model.path=` for the same model"))
 
     peer = Peer(
         transport,
@@ -135,19 +143,42 @@ class PeerTrainer:
             )
             self.hook.peer = peer
 
-    def begin(self, meta: dict | None) -> int:
-        """Catch up with the others; the step to begin with. `meta` is a checkpoint's."""
-        saved = None
+    def begin(self, store: CheckpointStore, step: int, meta: dict | None) -> int:
+        """Catch up with the others; the step to begin with. `meta` is of the checkpoint at `step`.
+
+        Collective. Raises UserError where the run is over.
+        """
+        saved, sent, offered = None, None, None
         if meta is not None and "swarm" in meta:
             values = meta["swarm"]
             saved = Place(values["round"], values["steps"], Work(**values["work"]))
-        return self.hook.begin(saved)
+            if values["sent"]:
+                offered = Work(**values["offered"])
+                sent = torch.empty(values["sent"]) if self.hook.peer is not None else None
+                store.load(step, {} if sent is None else {_SENT: sent})
+        first = self.hook.begin(saved, sent, offered)
+        if self.hook.place == saved:
+            first = max(first, step)  # further, where an exchange was under way
+        if first >= self.hook.trainer.total_steps:
+            what = "the run is over: all of its rounds are agreed"
+            fix = "fetch the model: trainwright swarm export URL"
+            raise UserError(Mistake(what, fix))
+        if first < step:
+            store.rewind(first)  # those steps come again, from what was agreed
+        return first
 
-    def meta(self) -> dict:
-        """What a checkpoint says of where this is; what the peer has is made durable besides."""
-        if self.hook.peer is not None:
-            self.hook.peer.save()
-        return {"swarm": asdict(self.hook.place)}
+    def saved(self) -> tuple[dict[str, Tensor], dict]:
+        """What a checkpoint keeps of a round under way; what the peer has is made durable besides:
+        error feedback, agreed weights, the outer optimizer.
+        """
+        hook = self.hook
+        if hook.peer is not None:
+            hook.peer.save()
+        sent, offered = hook.sent, hook.offered or Work()
+        # All workers write the same of it, and only the first one has it.
+        (count,) = hook.world.first_workers([0 if sent is None else len(sent)])
+        meta = {**asdict(hook.place), "sent": count, "offered": asdict(offered)}
+        return {} if sent is None else {_SENT: sent}, {"swarm": meta}
 
     def close(self) -> None:
         """End the peer."""

@@ -21,6 +21,7 @@ from trainwright.errors import Mistake, UserError
 from trainwright.files import write_atomically, write_json
 from trainwright.parallel.world import World, join_world
 from trainwright.planner.check import recipe_checks
+from trainwright.planner.known_model import known_config
 from trainwright.planner.plan import Plan
 from trainwright.recipe.load import dump_recipe, load_recipe
 from trainwright.recipe.schema import Recipe
@@ -33,6 +34,7 @@ from trainwright.swarm.manifest import Manifest
 from trainwright.swarm.message import BadMessage, read_message, write_message
 from trainwright.swarm.methods.method import Agreed
 from trainwright.swarm.peer import Peer
+from trainwright.swarm.peer_card import LONGEST
 from trainwright.swarm.runs import find_run, genesis_hash, start_run
 from trainwright.swarm.scores import Score
 from trainwright.swarm.transports.open import open_transport
@@ -57,6 +59,7 @@ Say = Callable[[str], None]
 CONFIG = "model.json"  # among the tokenizer's files: the model's shape, as Hugging Face writes it
 TOKENIZER = "tokenizer"  # an object on the starter's shelf: the files that all peers read text with
 _TOKENIZER_BYTES = 1 << 27
+_TEXTS = (".json", ".txt", ".model", ".jinja")  # what a tokenizer's files end in
 _SAY_SECONDS = 5.0
 
 
@@ -75,11 +78,17 @@ def start(
     machine's run directory, from which it can join as the same peer. Raises UserError.
     """
     path = Path(recipe)
-    directory = directory or default_directory(url)
+    directory = apart(url, directory or default_directory(url))
     read = load_recipe(path, (*overrides, f"run_directory={directory}"), recipe_checks)
+    refuse_unfit(read)
     run = open_run(read)
+    if run.has_trained or Joined.read(run) is not None:
+        what = "this directory has trained already"
+        raise UserError(Mistake(what, "give another --directory", where=str(run.path)))
     with locked(run):
         choice = prepare_run(run, read, path.read_text(), say)
+        files = _tokenizer_files(run)
+        read = with_steps(read, total_steps(read, open_data(run.path).train))
         agreed, gathering = first_weights(run, read)
         identity = own_identity(run.path)
         transport = open_transport(url, identity, own_directory(run.path), create=True)
@@ -108,14 +117,47 @@ def start(
                 genesis_hash(agreed, identity.peer),
                 identity.peer,
             )
-            transport.put(
-                TOKENIZER,
-                _packed_tokenizer(run.tokenizer, run.model_config, manifest.run, identity),
-            )
+            transport.put(TOKENIZER, _packed(files, manifest.run, identity))
             start_run(transport, identity, manifest, agreed)
         finally:
             transport.close()
     return manifest
+
+
+def apart(url: str, directory: Path) -> Path:
+    """`directory`, which is no part of the run's own folder: a key and weights of one's own do not
+    belong into what others read. Raises UserError.
+    """
+    if "://" not in url.removeprefix("file://"):
+        shared, own = Path(url.removeprefix("file://")).resolve(), directory.resolve()
+        if shared == own or shared in own.parents or own in shared.parents:
+            what = "the run's folder, which all peers read, and this machine's own are not apart"
+            raise UserError(Mistake(what, "give another --directory", where=str(directory)))
+    return directory
+
+
+def refuse_unfit(recipe: Recipe) -> None:
+    """Raise UserError for what peers cannot train together."""
+    mistakes = []
+    if recipe.objective.needs_reference:
+        what = f"{recipe.objective.kind} asks a second model, which peers' trials do not have"
+        mistakes.append(
+            Mistake(what, "train an objective without one: sft, orpo, simpo", "objective")
+        )
+    config = known_config(recipe.model, recipe.tokenizer, recipe.objective)
+    moves = recipe.training.router_bias_rate != 0
+    if config is not None and config.experts is not None and config.experts.corrected and moves:
+        what = "the routers' biases of this model move on each machine alone"
+        fix = "write `training.router_bias_rate: 0`"
+        mistakes.append(Mistake(what, fix, "training.router_bias_rate"))
+    if mistakes:
+        raise UserError(mistakes)
+
+
+def with_steps(recipe: Recipe, steps: int) -> Recipe:
+    """The recipe with its length in steps, which peers' own data would make differ otherwise."""
+    changes = {"steps": steps, "tokens": None, "epochs": None}
+    return recipe.model_copy(update={"training": recipe.training.model_copy(update=changes)})
 
 
 def _is_open(section: Swarm) -> bool:
@@ -153,7 +195,10 @@ def join(
     are of what each machine says for itself, as `parallel.tp=2`. Raises UserError, RunInterrupted
     or WorkerFailed.
     """
-    directory = directory or default_directory(url)
+    if not name.isprintable() or len(name) > LONGEST:
+        fix = f"give at most {LONGEST} printable characters"
+        raise UserError(Mistake(f"{name!r} is no name for a peer", fix, key="--name"))
+    directory = apart(url, directory or default_directory(url))
     identity = own_identity(directory)
     transport = open_transport(url, identity, own_directory(directory))
     try:
@@ -162,10 +207,12 @@ def join(
     finally:
         transport.close()
     recipe = own_recipe(manifest, tokenizer, directory, overrides)
+    joined = Joined(url, manifest.run, name, manifest.settings)
+    joined.require(RunDirectory(directory))
     run = open_run(recipe)
     with locked(run):
         prepare_run(run, recipe, dump_recipe(recipe), say)
-        Joined(url, manifest.run, name, manifest.settings).write(run)
+        joined.write(run)
         launch_workers(run.path, run.read_plan(), verbose=verbose)
         return finish_run(run)
 
@@ -178,19 +225,21 @@ def own_recipe(
     return manifest.recipe((*own, *overrides))
 
 
-def export(url: str, directory: Path, *, say: Say = print) -> tuple[int, Path]:
+def export(
+    url: str, directory: Path, overrides: Sequence[str] = (), *, say: Say = print
+) -> tuple[int, Path]:
     """The newest agreed model as a Hugging Face directory; the rounds that it was trained.
 
-    Raises UserError where there is no run.
+    `overrides` say where files are that the recipe names. Raises UserError where there is no run.
     """
     with TemporaryDirectory(prefix="trainwright-swarm-") as folder:
-        run, recipe, manifest = _visit(url, Path(folder))
+        run, recipe, manifest = _visit(url, Path(folder), overrides)
         plan = Plan.alone("cpu")
         spread = build_model(run, recipe, plan, World(0, 1, torch.device("cpu")))
         gathering = Gathering(spread)
         joined = Joined(url, manifest.run, "", manifest.settings)
         method = method_of(manifest.settings, recipe, gathering.layout)
-        peer, transport = build_peer(joined, recipe, method, 1, run.path, say)
+        peer, transport = build_peer(joined, recipe, method, steps_of(recipe), run.path, say)
         try:
             agreed = caught_up(peer, say)
         finally:
@@ -217,8 +266,15 @@ def validate(
 
     Trains nothing. Goes on for `rounds` rounds, or until interrupted. Raises UserError.
     """
-    directory = directory or default_directory(url).with_name("validator")
+    default = default_directory(url)
+    directory = apart(url, directory or default.with_name(f"{default.name}-validator"))
     run, recipe, manifest = _visit(url, directory, overrides)
+    if manifest.settings.method == "noloco" or not (recipe.swarm or Swarm()).trust.scores:
+        what = "nobody tries contributions in this run"
+        fix = "its method is one without agreement, or its recipe says `trust.scores: false`"
+        raise UserError(Mistake(what, fix, where=url))
+    joined = Joined(url, manifest.run, "validator", manifest.settings)
+    joined.write(run)
     prepare_run(run, recipe, dump_recipe(recipe), say)
     world = join_world()
     micro_batch = max(n for n in range(1, 9) if recipe.batch_sequences % n == 0)
@@ -233,10 +289,9 @@ def validate(
     spread = build_model(run, recipe, plan, world)
     gathering = Gathering(spread)
     objective, _ = what_is_optimised(run, recipe, plan, world, spread)
-    joined = Joined(url, manifest.run, "validator", manifest.settings)
     method = method_of(manifest.settings, recipe, gathering.layout)
     losses = Losses(spread, objective, orders(run, recipe), method.inner_steps)
-    steps = total_steps(recipe, open_data(run.path).train)
+    steps = steps_of(recipe)
     peer, transport = build_peer(joined, recipe, method, steps, run.path, say)
 
     def loss(round: int, weights: Tensor, who: str | None) -> float:
@@ -246,7 +301,8 @@ def validate(
     try:
         first = caught_up(peer, say).round
         say(f"watching from round {first}")
-        while rounds is None or peer.round < first + rounds:
+        last = -(-steps // method.inner_steps)
+        while peer.round < (last if rounds is None else min(last, first + rounds)):
             peer.outcome(wait=1.0)
             if (round := peer.trial_round) is not None:
                 for line in score_lines(round, peer.score(partial(loss, round))):
@@ -303,17 +359,38 @@ def _require_run(transport: Transport, url: str) -> Manifest:
     return manifest
 
 
+def steps_of(recipe: Recipe) -> int:
+    """Steps of each peer, which whoever started the run has fixed."""
+    assert recipe.training.steps is not None
+    return recipe.training.steps
+
+
 def default_directory(url: str) -> Path:
-    """`runs/` and the last part of the run's URL."""
-    return Path("runs") / (url.rstrip("/").rpartition("/")[2].replace(":", "-") or "swarm")
+    """`runs/` and the last part of the run's URL, without a ring's secret."""
+    last = url.partition("?")[0].rstrip("/").rpartition("/")[2].rpartition("@")[2]
+    return Path("runs") / (last.replace(":", "-") if last.strip(".") else "swarm")
 
 
-def _packed_tokenizer(folder: Path, config: Path, run: str, identity: Identity) -> bytes:
-    """The tokenizer's files and the model's config as a message."""
-    files = sorted(path for path in folder.iterdir() if path.is_file())
-    body = {"files": [CONFIG, *(path.name for path in files)]}
-    planes = [config.read_bytes(), *(path.read_bytes() for path in files)]
-    return write_message(TOKENIZER, run, 0, body, planes, identity)
+def _tokenizer_files(run: RunDirectory) -> dict[str, bytes]:
+    """The tokenizer's files and the model's config, by name. Raises UserError for what no peer
+    would take.
+    """
+    found = sorted(path for path in run.tokenizer.iterdir() if path.is_file())
+    files = {CONFIG: run.model_config.read_bytes()}
+    for path in found:
+        if not path.name.endswith(_TEXTS):
+            what = f"the tokenizer has a file that peers would not take: {path.name}"
+            raise UserError(Mistake(what, "save it as tokenizer.json", where=str(run.tokenizer)))
+        files[path.name] = path.read_bytes()
+    if (size := sum(map(len, files.values()))) > _TOKENIZER_BYTES - 2**20:
+        what = f"the tokenizer's files have {size / 1e6:.0f} MB"
+        raise UserError(Mistake(what, "take a smaller tokenizer", where=str(run.tokenizer)))
+    return files
+
+
+def _packed(files: Mapping[str, bytes], run: str, identity: Identity) -> bytes:
+    """Files as a message."""
+    return write_message(TOKENIZER, run, 0, {"files": [*files]}, [*files.values()], identity)
 
 
 def _fetch_tokenizer(transport: Transport, manifest: Manifest, directory: Path) -> Path:
@@ -337,7 +414,7 @@ def _fetch_tokenizer(transport: Transport, manifest: Manifest, directory: Path) 
         for name, plane in zip(names, message.planes, strict=True):
             if not isinstance(name, str) or Path(name).name != name or name.startswith("."):
                 raise BadMessage(f"{name!r} is no file's name")
-            if not name.endswith((".json", ".txt", ".model", ".jinja")):
+            if not name.endswith(_TEXTS):
                 raise BadMessage(f"{name!r} is no file of a tokenizer")
             folder.mkdir(parents=True, exist_ok=True)
             place = directory if name == CONFIG else folder

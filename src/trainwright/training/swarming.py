@@ -29,7 +29,7 @@ from trainwright.training.metrics import MetricsWriter
 from trainwright.training.step import StepStats
 
 # What the first worker says to the others.
-_GO_ON, _WAIT, _CONTRIBUTE, _MERGE, _TRY, _LOSS = range(6)
+_GO_ON, _WAIT, _CONTRIBUTE, _MERGE, _TRY, _LOSS, _STOP = range(7)
 _WAIT_SECONDS = 1.0
 _LONG_WAIT = 5.0
 
@@ -105,10 +105,11 @@ class SwarmHook:
 
     # Beginning
 
-    def begin(self, saved: Place | None) -> int:
+    def begin(self, saved: Place | None, sent: Tensor | None, offered: Work | None) -> int:
         """Catch up with the run, and take up its weights; the step to go on with.
 
-        A checkpoint of the round that the run is in, `saved`, is gone on from as it was.
+        A checkpoint of the round that the run is in, `saved`, is gone on from as it was: with what
+        had been `sent` then, and the work that was `offered` with it.
         """
         agreed = None
         while True:
@@ -118,8 +119,10 @@ class SwarmHook:
                 break
         self.agreed = agreed.weights if agreed is not None else None
         round = self._say(agreed.round if agreed is not None else 0)
-        if saved is not None and saved.round == round:
-            self.place = saved
+        # What was offered after that checkpoint has a part of its change in it already.
+        since = self._say(int(self.peer is not None and self.peer.offered and sent is None))
+        if saved is not None and saved.round == round and not since:
+            self.place, self.sent, self.offered = saved, sent, offered
         else:
             self.gathering.put_back(self.agreed)
             self.place = Place(round)
@@ -129,6 +132,8 @@ class SwarmHook:
 
     def after_step(self, done: int, stats: StepStats, seconds: float, last: bool) -> None:
         """Whatever the peer wants now; at the end, all that is still under way."""
+        if stats.skipped and self.held is not None:
+            self.held.held = {}  # what it holds was sent before
         work = self.place.work + Work(1, stats.targets, stats.loss)
         self.place = replace(self.place, steps=self.place.steps + 1, work=work)
         stopping = stats.stop_requested
@@ -139,9 +144,13 @@ class SwarmHook:
                 self._merge()
             elif wanted == _TRY:
                 self._try()
+            elif wanted == _STOP:
+                self.trainer.unfinished = stopping = True
+                break
         # Steps that a slow peer has not reached are skipped.
-        place = self.place
-        self.trainer.next_index = max(done, place.round * self.method.inner_steps + place.steps)
+        next_index = max(done, self.place.round * self.method.inner_steps + self.place.steps)
+        # The last step always comes: all hooks are to see it.
+        self.trainer.next_index = min(next_index, self.trainer.total_steps - (not last))
         if last:
             if not stopping:
                 self.gathering.put_back(self.agreed)
@@ -150,9 +159,13 @@ class SwarmHook:
 
     def _wanted(self, last: bool, stopping: bool) -> int:
         """What all workers do next, as the first one's peer says."""
+        if self.place.round * self.method.inner_steps >= self.trainer.total_steps or stopping:
+            return _GO_ON  # nobody else takes part in a round after the last
         code = _GO_ON
-        # Who is asked to stop exchanges nothing more: the step at which all do comes next.
-        if self.peer is not None and not (stopping or self.trainer.stop_requested):
+        if self.peer is not None and self.trainer.stop_requested:
+            # The step at which all stop comes next, if there is one.
+            code = _STOP if last else _GO_ON
+        elif self.peer is not None:
             wanted: str = self.peer.wanted(self.place.steps)
             if wanted == "go on" and last:
                 # There is nothing more to compute beside it, or to make it longer.
@@ -184,13 +197,17 @@ class SwarmHook:
         return self.world.first_workers([code])[0]
 
     def _contribute(self) -> None:
-        local = self._local()
+        local, given = self._local(), False
         if self.peer is not None and local is not None:
             part = take(local, self.method.fragment(self.peer.round))
             work = self.place.work
-            if self.peer.offer(part, work.tokens, work.steps, work.losses / work.steps):
+            given = self.peer.offer(part, work.tokens, work.steps, work.losses / work.steps)
+            if given:
                 self.sent, self.offered = part, work
-        self.place = replace(self.place, steps=0, work=Work())
+        # Too late: the round is over, and what it did not take in is carried on.
+        given = bool(self._say(int(given)))
+        if given:
+            self.place = replace(self.place, steps=0, work=Work())
 
     def _local(self) -> Tensor | None:
         if self.held is not None:
@@ -210,11 +227,14 @@ class SwarmHook:
             work = place.work
             if self.offered is not None and not (outcome.included or outcome.replaced):
                 work += self.offered  # it is carried on
-            place = Place(self.peer.round, place.steps, Work() if outcome.replaced else work)
+            place = Place(self.peer.round, place.steps, work)
+            if outcome.replaced:  # all that was trained since is gone
+                place = Place(self.peer.round)
             self.sent = self.offered = None
             self._record(outcome)
         self.gathering.put_back(merged)
-        self.place = replace(place, round=self._say(place.round))
+        round, steps = self.world.first_workers([place.round, place.steps])
+        self.place = replace(place, round=round, steps=steps)
 
     def _record(self, outcome: Outcome) -> None:
         assert self.peer is not None

@@ -56,6 +56,7 @@ class Transport(Protocol):
 
         `electorate` are the peers of the last agreed round, sorted: a transport without a store
         has the register agreed by a majority of them (of two halves, the one with the first).
+        Raises ValueError where what stands there is too large to be read.
         """
         ...
 
