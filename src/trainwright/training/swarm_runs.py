@@ -37,6 +37,7 @@ from trainwright.swarm.peer import Peer
 from trainwright.swarm.peer_card import LONGEST
 from trainwright.swarm.runs import find_run, genesis_hash, start_run
 from trainwright.swarm.scores import Score
+from trainwright.swarm.settings import refuse_too_few_bytes
 from trainwright.swarm.transports.open import open_transport
 from trainwright.swarm.transports.transport import Transport
 from trainwright.training.api import RunResult, finish_run
@@ -108,6 +109,8 @@ def start(
             if _is_open(section):
                 for line in adapted.lines:
                     say(line)
+            method = method_of(adapted.settings, read, gathering.layout)
+            refuse_too_few_bytes(section, method, adapted.settings.fragments)
             rules = Rules(section.quorum, section.grace, section.deadline, section.silence)
             manifest = Manifest.of(
                 read,
