@@ -17,7 +17,7 @@ import pytest
 
 from tests.conftest import REPOSITORY
 
-PAGES = ["README.md", "docs/getting-started.md", "docs/planner.md", "docs/swarm.md"]
+PAGES = ["README.md", "docs/getting-started.md", "docs/planner.md"]
 SHRUNK = [
     ("tokens: 900_000", "tokens: 12_288"),
     ("preset: 4m", "config: {hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, "
@@ -75,11 +75,6 @@ def run(folder: Path, command: list[str]) -> str:
 def shrunk(command: str) -> list[str]:
     """The command; a recipe of the reader's own is cut to two small steps."""
     words = shlex.split(command, comments=True)
-    if words[1:3] == ["swarm", "start"]:
-        # Whoever joins is alone here.
-        words += ["swarm.quorum=1", "swarm.inner_steps=2", "training.steps=4"]
-        words += ["data.sources=[{kind: python-stdlib, limit: 60}]", "data.validation=0.2"]
-        words += ["tokenizer.train.vocab_size=300", "model.config.num_hidden_layers=1"]
     if words[1] == "train" and "quickstart" not in command:
         small = "{hidden_size: 32, intermediate_size: 64, num_hidden_layers: 1, "
         small += "num_attention_heads: 2, num_key_value_heads: 2}"

@@ -127,7 +127,9 @@ def test_no_more_than_one_weight_is_there_in_full(
         taken += 1
         if taken == 4 * 7:  # the last: what was kept of all before would be here
             full = [t for t in gc.get_objects() if type(t) is Tensor and t.shape == weight.shape]
-            assert {t.data_ptr() for t in full if t.is_floating_point()} == {weight.data_ptr()}
+            # What other tests left of tensors without memory is at no address.
+            there = {t.data_ptr() for t in full if t.is_floating_point() and t.data_ptr()}
+            assert there == {weight.data_ptr()}
         take(layer, weight)
 
     monkeypatch.setattr(QuantisedLinear, "take", watched)

@@ -264,7 +264,7 @@ def work_of_a_ring(documents: list[list[int]] | None, window: int | None) -> int
     """Scores that this worker works out, in small tiles, of one head of one row."""
     segments = None if documents is None else torch.tensor(documents[:1])
     ring = _Ring(dist.group.WORLD, 240 // dist.get_world_size(), segments, window)  # type: ignore[arg-type]
-    with mock.patch.object(partial_attention, "QUERIES", 10):
+    with mock.patch.multiple(partial_attention, QUERIES=10, GRAIN=2):
         return sum(
             (queries.stop - queries.start) * (keys.stop - keys.start)
             for owner in range(ring.workers)

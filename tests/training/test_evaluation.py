@@ -17,6 +17,7 @@ from tests.workers import run_on
 from trainwright.data.prepare import open_data
 from trainwright.report.history import read_history
 from trainwright.report.html import render
+from trainwright.training.hooks import Every
 from trainwright.training.metrics import read_metrics
 from trainwright.training.score import open_subject, score
 
@@ -50,7 +51,7 @@ def evaluations(folder: str, parallel: dict, rows: int | None = None) -> list[di
     )
     assembled = assemble_here(recipe)
     hook = assembled.trainer.hooks[-2]
-    hook.every, at = (1, 1) if rows else (1000, 20)
+    hook.every, at = (Every(1), 1) if rows else (Every(1000), 20)
     hook.after_step(at, StepOf(), 0.0, True)
     assembled.store.close()
     if assembled.writer is None:

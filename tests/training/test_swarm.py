@@ -162,7 +162,15 @@ def ended(folder: Path, *processes: subprocess.Popen[bytes]) -> None:
 
 @pytest.mark.slow
 def test_two_peers_end_with_the_weights_that_can_be_fetched(tmp_path):
-    """One of them on two workers, which share each of its batches."""
+    """One of them on two workers, which share each of its batches. By the page's own commands."""
+    page = (REPOSITORY / "docs" / "swarm.md").read_text()
+    for command in (
+        "start examples/swarm.yaml --run shared",
+        "join shared --name anna",
+        "status shared",
+        "export shared swarm-model",
+    ):
+        assert f"    trainwright swarm {command}\n" in page
     start(tmp_path, "training.steps=6", "swarm.inner_steps=2")
     peers = join(tmp_path, 0), join(tmp_path, 1, "parallel.dp_shard=2", "parallel.zero=3")
     ended(tmp_path, *peers)
