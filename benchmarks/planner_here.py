@@ -168,18 +168,10 @@ def predictions(plans: list, rows: int) -> list:
 
 def job(rows: int):
     """What is trained: `visible_share` is that of the made-up documents in its rows."""
-    import numpy as np
-
     from trainwright.planner.job import Job
-    from trainwright.training.sameness import made_batch
+    from trainwright.training.probes import made_share
 
-    batch = made_batch(0, rows=rows, sequence=SEQUENCE, vocabulary=VOCABULARY, seed=0)
-    assert batch.segment_ids is not None
-    squares = [
-        (np.unique(row, return_counts=True)[1].astype(float) ** 2).sum() / SEQUENCE**2
-        for row in batch.segment_ids
-    ]
-    return Job(model(), SEQUENCE, rows, visible_share=float(np.mean(squares)))
+    return Job(model(), SEQUENCE, rows, visible_share=made_share(rows, SEQUENCE, VOCABULARY))
 
 
 def name(plan) -> str:

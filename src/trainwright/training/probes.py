@@ -119,13 +119,15 @@ def with_lessons(known: Calibration, machine: Machine) -> Calibration:
 
 def probe_job() -> Job:
     """What the probes train."""
-    batch = made_batch(
-        0, rows=_ROWS, sequence=_SEQUENCE, vocabulary=int(_SHAPE["vocab_size"]), seed=0
-    )
+    vocabulary = int(_SHAPE["vocab_size"])
+    config = decoder_config(new_hf_config("llama", _SHAPE, vocabulary))
+    share = made_share(_ROWS, _SEQUENCE, vocabulary)
+    return Job(config, _SEQUENCE, _ROWS, visible_share=share)
+
+
+def made_share(rows: int, sequence: int, vocabulary: int) -> float:
+    """The share of the causal square that the made-up documents of a `Trial`'s rows see."""
+    batch = made_batch(0, rows=rows, sequence=sequence, vocabulary=vocabulary, seed=0)
     assert batch.segment_ids is not None
-    squares = [
-        (np.unique(row, return_counts=True)[1].astype(float) ** 2).sum() / _SEQUENCE**2
-        for row in batch.segment_ids
-    ]
-    config = decoder_config(new_hf_config("llama", _SHAPE, _SHAPE["vocab_size"]))
-    return Job(config, _SEQUENCE, _ROWS, visible_share=float(np.mean(squares)))
+    counts = (np.unique(row, return_counts=True)[1].astype(float) for row in batch.segment_ids)
+    return float(np.mean([(each**2).sum() / sequence**2 for each in counts]))
