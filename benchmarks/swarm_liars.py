@@ -1,6 +1,6 @@
 """What one liar among four peers does to a run, and how soon it is named.
 
-Real models on Python's standard library, as in `swarm_loss.py`: SparseLoCo, three honest peers
+Real models on Python's standard library (`swarm_runs`): SparseLoCo, three honest peers
 with their shares of every batch, and a fourth that sends what it should not, from the first round
 on. A run of the honest three alone is what each is held against. What is no contribution is refused
 by the peers' own checks; the rest goes through the ledger (`swarm.ledger`), with everybody's
@@ -28,7 +28,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to be run as a file, too
 
-from benchmarks.swarm_loss import ROWS, SEQUENCE, TEST_ROWS, TUNING_ROWS, ModelPeer, Run
+from benchmarks.swarm_runs import SEQUENCE, TEST_ROWS, TUNING_ROWS, ModelPeer, Run
 from trainwright.comm.codecs.codec import Planes
 from trainwright.recipe.swarm import Trust
 from trainwright.swarm.aggregation import clip_to_median
@@ -50,7 +50,7 @@ from trainwright.swarm.scores import Evaluate, Report, Score, try_contributions,
 from trainwright.swarm.settings import DEFAULTS
 
 RUN = "0" * 32
-INNER_STEPS = 10
+ROWS, INNER_STEPS = 4, 10
 WITHIN = 0.02  # of the honest peers' loss
 SCORED_STEPS = 4  # whose batches a contribution is tried on
 
@@ -210,7 +210,7 @@ def train(model: str, rounds: int, lie: str | None, honest: int, seed: int = 0) 
     started = time.perf_counter()
     share = ROWS // 4
     count = honest + (lie is not None)
-    run = Run(model, "sparseloco", count, INNER_STEPS, 0, 4e-3, 1.0, seed)
+    run = Run(model, "sparseloco", count, INNER_STEPS, 0, 4e-3, 1.0, seed, rows=ROWS)
     run = replace(run, tokens=INNER_STEPS * 3 * ROWS * SEQUENCE * -(-rounds // 3))
     identities = [Identity.from_seed(bytes([index]) * 32) for index in range(count)]
     peers = {

@@ -4,8 +4,8 @@
 
 An IP packet that leaves a peer goes over the peer's wire to the hub, and from there over the wire
 of the peer whose address it has; the hub's own are without limit. Addresses end in the number of
-the namespace, counted from 1. Says "ready", then obeys lines of standard input (`cut 1`, `mend 1`
-for the first peer) until that ends.
+the namespace, counted from 1. Says "ready", then obeys lines of standard input (`cut 1`, `mend 1`,
+`rate 1 MBIT` for the first peer) until that ends.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from benchmarks.emulated_links.wire import Wire
 
 TUNSETIFF, IFF_TUN, IFF_NO_PI, CLONE_NEWNET = 0x400454CA, 1, 0x1000, 0x40000000
 LARGEST, BURST, COMMANDS = 65536, 32, 0
+HELD = 10 * 1500  # bytes that may always wait before a wire: TCP stands still with less
 
 
 def open_tun(namespace: str, device: str) -> int:
@@ -88,10 +89,19 @@ def forward(tuns: list[int], up: list[Wire], down: list[Wire]) -> None:
 def obey(lines: str, up: list[Wire], down: list[Wire]) -> bool:
     """Carry out commands; False at the end of them."""
     for line in lines.splitlines():
-        what, number = line.split()
+        what, number, *mbit = line.split()
         for wire in (up[int(number)], down[int(number)]):
-            wire.cut = what == "cut"
+            if what == "rate":
+                limit(wire, float(mbit[0]))
+            else:
+                wire.cut = what == "cut"
     return bool(lines)
+
+
+def limit(wire: Wire, mbit: float) -> None:
+    """Give a wire that rate, and a queue for it."""
+    wire.bytes_per_s = mbit * 1e6 / 8
+    wire.queue = max(Wire.queue, HELD / wire.bytes_per_s)
 
 
 def main() -> None:
@@ -101,8 +111,9 @@ def main() -> None:
     random = Random(0)
 
     def wires() -> list[Wire]:
-        rate, delay = float(mbit) * 1e6 / 8, float(delay_ms) / 1000
-        peers = (Wire(rate, delay, float(loss), random) for _ in namespaces[1:])
+        peers = [Wire(0, float(delay_ms) / 1000, float(loss), random) for _ in namespaces[1:]]
+        for wire in peers:
+            limit(wire, float(mbit))
         return [Wire(0, 0, 0, random), *peers]
 
     print("ready", flush=True)

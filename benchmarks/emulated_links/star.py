@@ -59,6 +59,7 @@ class Star:
     delay_ms: float
     loss: float
     made_by: str = ""  # what emulates the links
+    throttled: dict[int, float] = field(default_factory=dict)  # peers of other rates, in Mbit/s
     _number: int = field(default_factory=count().__next__)  # of the stars of this process
     _stack: ExitStack = field(default_factory=ExitStack)
     _forwarder: subprocess.Popen | None = None
@@ -88,6 +89,14 @@ class Star:
         """Undo `cut`."""
         self._switch(peer, "mend", "up")
 
+    def throttle(self, peer: int, mbit: float) -> None:
+        """From now on a peer's link carries so much each way."""
+        self.throttled[peer] = mbit
+        if self._forwarder is not None:
+            self._tell(f"rate {peer + 1} {mbit}")
+        elif not self._limit(peer, self._qdisc(mbit)):
+            raise RuntimeError(f"the kernel does not change the rate of peer {peer}")
+
     def measure(self, source: Place, sink: Place, seconds: float = 2.0) -> Measured:
         """The path between two places, by a few round trips and then as much as goes through."""
         probe = [sys.executable, str(HERE / "probe.py")]
@@ -105,8 +114,11 @@ class Star:
     def measured(self, seconds: float = 2.0) -> str:
         """A line for reports: what was asked for, what makes it, and what TCP finds."""
         asked = f"{self.mbit:g} Mbit/s, {self.delay_ms:g} ms each way, {self.loss:.1%} lost"
-        hub = self.measure(0, "hub", seconds)
-        return f"link of each of {self.peers} peers: {asked}, by {self.made_by}; measured: {hub}"
+        found = str(self.measure(0, "hub", seconds))
+        for peer, mbit in self.throttled.items():
+            path = self.measure(peer, "hub", seconds)
+            found += f"; of peer {peer}, {mbit:g} Mbit/s asked: {path}"
+        return f"link of each of {self.peers} peers: {asked}, by {self.made_by}; measured: {found}"
 
     def _namespace(self, place: Place) -> str:
         return f"tw-{os.getpid()}-{self._number}-{place}"
@@ -122,7 +134,7 @@ class Star:
             self._stack.callback(_call, "ip", "netns", "del", name)
             _call("ip", "-n", name, "link", "set", "lo", "up")
         self._veths()
-        qdisc = self._qdisc()
+        qdisc = self._qdisc(self.mbit)
         if all(self._limit(peer, qdisc) for peer in range(self.peers)):
             self.made_by = f"the kernel's {qdisc[0]}"
         else:
@@ -148,12 +160,12 @@ class Star:
                 # Packets as a wire would carry them: counted, and lost, one by one.
                 _call("ip", "-n", name, "link", "set", end, "gso_max_segs", "1")
 
-    def _qdisc(self) -> list[str]:
-        rate = f"{self.mbit}mbit"
+    def _qdisc(self, mbit: float) -> list[str]:
+        rate = f"{mbit}mbit"
         if not self.delay_ms and not self.loss:
             return ["tbf", "rate", rate, "burst", "32kb", "latency", "100ms"]
         waiting = 2 * self.delay_ms + 100  # milliseconds: netem's queue holds what is under way
-        packets = max(100, int(self.mbit * 1e3 * waiting / 8 / 1500))
+        packets = max(100, int(mbit * 1e3 * waiting / 8 / 1500))
         link = ["rate", rate, "delay", f"{self.delay_ms}ms", "loss", f"{100 * self.loss}%"]
         return ["netem", *link, "limit", str(packets)]
 
@@ -183,9 +195,12 @@ class Star:
     def _switch(self, peer: int, word: str, state: str) -> None:
         if self._forwarder is None:
             _call("ip", "-n", self._namespace("hub"), "link", "set", f"peer{peer}", state)
-            return
-        assert self._forwarder.stdin is not None
-        self._forwarder.stdin.write(f"{word} {peer + 1}\n")
+        else:
+            self._tell(f"{word} {peer + 1}")
+
+    def _tell(self, line: str) -> None:
+        assert self._forwarder is not None and self._forwarder.stdin is not None
+        self._forwarder.stdin.write(line + "\n")
         self._forwarder.stdin.flush()
 
     def _started(self, command: Sequence[str], **options: Any) -> subprocess.Popen:

@@ -252,6 +252,17 @@ def test_who_heals_contributes_from_the_weights_that_it_took(still: Still, at: s
     assert still.on_shelf() == still.duties.state.base == still._state(1.0).base
 
 
+@pytest.mark.parametrize("behind", [0, 30])
+def test_report_that_comes_out_after_a_leap_is_not_proposed(still: Still, behind: int) -> None:
+    """Others look for reports of the last rounds only, and could not settle what names another."""
+    still.duties.reports.arrived(0, LIAR.peer, "0" * 64, 1)
+    still.duties.reports.tell(0, {})
+    state = still._state(1.0)
+    still.duties.state = replace(state, agreed=replace(state.agreed, round=1 + behind))
+    still.until(lambda: not still.driver.errands.under_way(("tell", 0)))
+    assert len(still.driver.rounds.reports) == (0 if behind else 1)
+
+
 def test_reason_of_a_refusal_is_no_longer_than_a_line(still: Still) -> None:
     still.duties.log.refused(0, LIAR.peer, "made from state " + 60_000 * "\x1b[2J")
     assert len(still.meeting.said[-1]) < 300

@@ -26,7 +26,7 @@ from trainwright.swarm.runs import find_run
 from trainwright.swarm.status import Watch, table
 from trainwright.swarm.transports.transport import TransportError
 
-from .toy_peer import begin_run, open_run, settings
+from .toy_peer import Toy, begin_run, open_run, settings
 
 RUN = "ab" * 16
 
@@ -361,6 +361,21 @@ def test_status_tells_who_is_alive_and_who_is_excluded(tmp_path: Path) -> None:
     rows = {row[0].split(" (")[0]: row for row in table(second)}
     assert rows["attic"][1:] == ("training", "8", "2.500", "0 ", "12.3 kB", "0 B", "28.0")
     assert [row[1] for row in table(second)][-1] == "excluded"
+    third = table(watch.look())  # who has only looked is gone, who has trained is missed
+    assert sorted(row[1] for row in third) == ["excluded", "silent", "silent", "silent"]
+
+
+def test_who_never_came_in_has_nobody_to_take_leave_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainwright.swarm.peer._LAST_WORDS", 3600.0)
+    identity = Identity.new()
+    shelf = open_run(tmp_path / "run", identity.peer)
+    begin_run(shelf, identity, settings())
+    shelf.delete("snapshots/0")  # which everybody begins with
+    toy = Toy(shelf, identity, tmp_path / "own")
+    assert toy.peer.start(wait=0.1) is None
+    toy.close()
 
 
 def test_place_without_a_run_has_none(tmp_path: Path) -> None:

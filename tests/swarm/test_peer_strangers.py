@@ -278,7 +278,7 @@ class Shelf:
 
 def upkeep(shelf: Shelf, directory: Path, every: int = 5) -> Upkeep:
     shelves, errands = cast(Shelves, shelf), cast(Errands, AtOnce())
-    reports = Reports(shelves, errands, lambda peer, digest: None)
+    reports = Reports(shelves, errands, lambda report: None)
     return Upkeep(shelves, Memory(directory, RUN), errands, reports, every)
 
 
@@ -356,7 +356,7 @@ def test_what_ails_a_card_ends_no_peer(meeting: Meeting) -> None:
 
 
 def reports(shelf: Shelf) -> Reports:
-    return Reports(cast(Shelves, shelf), cast(Errands, AtOnce()), lambda peer, digest: None)
+    return Reports(cast(Shelves, shelf), cast(Errands, AtOnce()), lambda report: None)
 
 
 def test_report_is_its_writers_alone() -> None:

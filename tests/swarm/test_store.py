@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,7 @@ def s3_server() -> Iterator[str]:
         for name, value in (("ACCESS_KEY_ID", "key"), ("SECRET_ACCESS_KEY", "secret")):
             patch.setenv(f"AWS_{name}", value)
         patch.delenv("AWS_ENDPOINT_URL", raising=False)
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line for each request
         server = moto.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
         server.start()
         endpoint = "http://{}:{}".format(*server.get_host_and_port())
@@ -223,6 +226,40 @@ def test_a_bucket_that_is_away_is_an_error_and_comes_back(s3_server: str) -> Non
     relay.open()
     assert ada.get("ada", "card", 9) == b"card" and "ada" in ada.peers()
     relay.close()
+
+
+REFUSALS = {403: "may not be read", 401: "may not be read", 404: "no such", 301: "region"}
+
+
+def test_a_bucket_that_cannot_be_had_is_the_users_to_put_right(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("obstore")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "not the secret")
+
+    class Answer(BaseHTTPRequestHandler):
+        code = 0
+
+        def do_GET(self) -> None:
+            self.send_response(self.code)
+            self.send_header("content-length", "0")
+            self.end_headers()
+
+        def log_message(self, *words: object) -> None: ...
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"s3://swarm/run?endpoint=http://127.0.0.1:{server.server_port}"
+        for Answer.code, says in REFUSALS.items():
+            with pytest.raises(UserError, match=says):
+                open_bucket(url)
+        monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+        with pytest.raises(UserError, match="fix: set the right AWS_ACCESS_KEY_ID"):
+            open_bucket(url)
+        with pytest.raises(UserError, match=r"write \?endpoint=https://host"):
+            open_bucket(url.replace("http://", ""))
+        server.shutdown()
 
 
 class Relay:

@@ -1,17 +1,20 @@
 """A peer that trains a tiny least-squares model, for tests of everything around the training.
 
 `Toy` runs one in this process; as a program (`python -m tests.swarm.toy_peer …`) it is a peer of
-its own that can be killed, stopped and started again. `--die` kills it at a certain line.
+its own that can be killed, stopped and started again. `--die` kills it at a certain line; `--begin`
+has it start the run, where only it can reach the place.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -31,8 +34,9 @@ from trainwright.swarm.peer import Peer
 from trainwright.swarm.runs import find_run, genesis_hash, start_run
 from trainwright.swarm.settings import Settings
 from trainwright.swarm.transports.folder import Folder
+from trainwright.swarm.transports.open import open_transport
 from trainwright.swarm.transports.store import Store
-from trainwright.swarm.transports.transport import Transport
+from trainwright.swarm.transports.transport import Transport, TransportError
 
 LAYOUT = Layout((("a", (8, 8)), ("b", (24,))))
 RULES = Rules(quorum=2, grace=0.5, deadline=6.0, silence=1.5)
@@ -66,12 +70,16 @@ def open_run(root: Path, peer: str) -> Store:
 
 
 def begin_run(
-    transport: Transport, identity: Identity, chosen: Settings, rules: Rules = RULES
+    transport: Transport,
+    identity: Identity,
+    chosen: Settings,
+    rules: Rules = RULES,
+    layout: Layout = LAYOUT,
 ) -> Manifest:
     """Start a run of the toy model."""
-    genesis = Agreed(0, torch.zeros(LAYOUT.count))
+    genesis = Agreed(0, torch.zeros(layout.count))
     hashed = genesis_hash(genesis, identity.peer)
-    manifest = Manifest(identity.peer, {}, LAYOUT.shapes, chosen, rules, hashed)
+    manifest = Manifest(identity.peer, {}, layout.shapes, chosen, rules, hashed)
     start_run(transport, identity, manifest, genesis)
     return manifest
 
@@ -114,14 +122,13 @@ class Toy:
             name=name,
         )
         generator = torch.Generator().manual_seed(seed)
-        self.target = torch.ones(LAYOUT.count) + 0.1 * torch.randn(
-            LAYOUT.count, generator=generator
-        )
+        count = manifest.layout.count
+        self.target = torch.ones(count) + 0.1 * torch.randn(count, generator=generator)
         self.step_seconds = step_seconds
         self.total = self.steps = self.unsent = 0
         self.sent: Tensor | None = None
         self.rounds: list[tuple[int, bool]] = []
-        self.weights = torch.zeros(LAYOUT.count)
+        self.weights = torch.zeros(count)
 
     def start(self) -> None:
         """Catch up, and take up what is agreed."""
@@ -192,7 +199,7 @@ def _die_in_write(path: Path, content: bytes | str) -> None:
     _die()
 
 
-def plant(toy: Toy, transport: Store, fault: str) -> None:
+def plant(toy: Toy, transport: Transport, fault: str) -> None:
     """Have the process kill itself: "before-sending:3" as the contribution to round 3 is put,
     "sending", half-way through that, "after-sending", "advancing", "saving", "deciding".
     """
@@ -237,10 +244,20 @@ def plant(toy: Toy, transport: Store, fault: str) -> None:
         raise ValueError(fault)
 
 
+def wait_for_run(transport: Transport) -> None:
+    """Until somebody has started it."""
+    while True:
+        with suppress(TransportError):
+            if find_run(transport) is not None:
+                return
+        time.sleep(0.1)
+
+
 def main() -> None:
     """A peer until that round, or until it is killed."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--run", type=Path, required=True)
+    parser.add_argument("--run", required=True, help="a transport's URL")
+    parser.add_argument("--begin", type=json.loads, help="a run: method, rules, shapes")
     parser.add_argument("--directory", type=Path, required=True)
     parser.add_argument("--rounds", type=int, required=True)
     parser.add_argument("--seed", type=int, default=0)
@@ -253,7 +270,12 @@ def main() -> None:
         real = time.time
         time.time = lambda: real() + options.clock
     identity = Identity.kept_at(options.directory / "key.pem")
-    transport = open_run(options.run, identity.peer)
+    transport = open_transport(options.run, identity, options.directory)
+    if options.begin:
+        chosen, rules = settings(options.begin["method"]), Rules(**options.begin["rules"])
+        shapes = ((name, tuple(shape)) for name, shape in options.begin["shapes"])
+        begin_run(transport, identity, chosen, rules, Layout(tuple(shapes)))
+    wait_for_run(transport)
     toy = Toy(
         transport,
         identity,
@@ -265,7 +287,7 @@ def main() -> None:
     if options.die:
         plant(toy, transport, options.die)
     toy.start()
-    print("ready", flush=True)
+    print(f"ready at round {toy.peer.round}", flush=True)
     toy.until(options.rounds, most=600.0)
     toy.close()
 

@@ -1,7 +1,8 @@
-"""Several toy peers as processes over one folder: started, killed, stopped, looked at."""
+"""Several toy peers as processes of one run: started, killed, stopped, looked at."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -9,25 +10,44 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from benchmarks.emulated_links.star import Star
 from trainwright.swarm.events import Rules
 from trainwright.swarm.identity import Identity
+from trainwright.swarm.layout import Layout
 
-from .toy_peer import RULES, begin_run, open_run, settings
+from .toy_peer import LAYOUT, RULES, begin_run, open_run, settings
 
 ROOT = Path(__file__).parents[2]
 
 
 class ToySwarm:
-    """Peers 0, 1, … of one run, each with a directory. Peer 0 starts it."""
+    """Peers 0, 1, … of one run, each with a directory. Peer 0 starts it.
 
-    def __init__(self, root: Path, method: str = "diloco", rules: Rules = RULES) -> None:
-        self.root, self.run = root, root / "run"
+    They meet in a folder, or, each at its place of a `net`, at `url`.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        method: str = "diloco",
+        rules: Rules = RULES,
+        layout: Layout = LAYOUT,
+        net: Star | None = None,
+        url: str = "",
+    ) -> None:
+        self.root, self.run, self.net = root, root / "run", net
+        self.url = url or str(self.run)
         self.processes: dict[int, subprocess.Popen[str]] = {}
-        identity = Identity.kept_at(self.directory(0) / "key.pem")
-        begin_run(open_run(self.run, identity.peer), identity, settings(method), rules)
+        if net is None:
+            identity = Identity.kept_at(self.directory(0) / "key.pem")
+            begin_run(open_run(self.run, identity.peer), identity, settings(method), rules, layout)
+        begin = {"method": method, "rules": asdict(rules), "shapes": layout.shapes}
+        self.begin = json.dumps(begin)
 
     def directory(self, peer: int) -> Path:
         """A peer's own."""
@@ -39,10 +59,13 @@ class ToySwarm:
 
     def launch(self, peer: int, rounds: int, *options: str) -> None:
         """Start a peer, or start it again."""
-        command = [sys.executable, "-m", "tests.swarm.toy_peer", f"--run={self.run}"]
+        command = [sys.executable, "-m", "tests.swarm.toy_peer", f"--run={self.url}"]
         command += [f"--directory={self.directory(peer)}", f"--rounds={rounds}", f"--seed={peer}"]
+        if self.net and not peer:
+            command.append(f"--begin={self.begin}")
+        start = partial(self.net.run, peer) if self.net else subprocess.Popen
         with (self.root / f"peer{peer}.log").open("a") as log:
-            self.processes[peer] = subprocess.Popen(
+            self.processes[peer] = start(
                 [*command, *options],
                 cwd=ROOT,
                 env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -85,6 +108,11 @@ class ToySwarm:
                 logs = "\n".join(f"peer {peer}:\n{self.log(peer)}" for peer in self.processes)
                 raise AssertionError(f"not after {most} s\n{logs}")
             time.sleep(0.02)
+
+    def waits(self, peer: int) -> dict[int, float]:
+        """Seconds that a peer waited for each round's outcome, of those that one came after."""
+        lines = itertools.pairwise(self.events(peer))  # a line is written before its wait is over
+        return {line["round"]: after["waited"] - line["waited"] for line, after in lines}
 
     def histories(self) -> dict[int, dict[str, set[int]]]:
         """By round: the hashes of what was agreed, and which peers found it."""

@@ -133,15 +133,24 @@ def call(folder: Path, *words: str) -> str:
     return done.stdout
 
 
-def start(folder: Path, *more: str) -> None:
+def start(folder: Path, *more: str, url: str = "shared") -> str:
     recipe = str(REPOSITORY / "examples" / "swarm.yaml")
-    call(folder, "start", recipe, "--run", "shared", "--directory", "p0", *SMALL, *more)
+    return call(folder, "start", recipe, "--run", url, "--directory", "p0", *SMALL, *more)
 
 
-def join(folder: Path, peer: int, *more: str) -> subprocess.Popen[bytes]:
+def join(folder: Path, peer: int, *more: str, url: str = "shared") -> subprocess.Popen[bytes]:
     log = (folder / f"p{peer}.log").open("ab")
-    command = trainwright(folder, "join", "shared", "--directory", f"p{peer}", *more)
+    command = trainwright(folder, "join", url, "--directory", f"p{peer}", *more)
     return subprocess.Popen(command, cwd=folder, env=environment(folder), stdout=log, stderr=log)
+
+
+def same_peers(folder: Path, keys: Path) -> None:
+    """Have peers 0 and 1 be the same in every folder, so with the same order of data."""
+    for peer in range(2):
+        key, own = keys / f"{peer}.pem", folder / f"p{peer}" / "swarm"
+        Identity.kept_at(key)
+        own.mkdir(parents=True)
+        shutil.copy(key, own / "key.pem")
 
 
 def weights(folder: Path, name: str) -> dict[str, torch.Tensor]:
@@ -197,16 +206,10 @@ def test_a_stopped_run_goes_on_to_the_same_weights(tmp_path, method):
     """Two runs of the same two peers: one in one go, one stopped in the middle of a round."""
     more = ["training.steps=24", f"swarm.method={method}", "optimizer.learning_rate=1e-3"]
     more += ["swarm.inner_steps=6"] if method != "demo" else []
-    keys = [tmp_path / f"{peer}.pem" for peer in range(2)]
-    for key in keys:
-        Identity.kept_at(key)
     found = []
     for name in ("whole", "stopped"):
         folder = tmp_path / name
-        for peer, key in enumerate(keys):  # the same peers, so the same order of data
-            own = folder / f"p{peer}" / "swarm"
-            own.mkdir(parents=True)
-            shutil.copy(key, own / "key.pem")
+        same_peers(folder, tmp_path)
         start(folder, *more)
         peers = [join(folder, 0), join(folder, 1)]
         if name == "stopped":

@@ -50,6 +50,10 @@ class Scripted:
         self.offers.append((tokens, steps))
         return self.takes
 
+    @property
+    def needed(self) -> bool:
+        return False
+
     def outcome(self, wait: float) -> Outcome:
         found = next(self.outcomes)
         self.round = found.after.round
@@ -122,6 +126,34 @@ def test_the_last_step_leaves_what_was_agreed(made):
     agreed = hook.gathering.weights() + 1
     step(hook, TOTAL, last=True)
     assert torch.equal(hook.gathering.weights(), agreed)
+
+
+def test_at_the_end_a_peer_stays_while_it_is_needed_and_not_asked_to_stop(made, monkeypatch):
+    monkeypatch.setattr("trainwright.training.swarming._WAIT_SECONDS", 0.0)
+
+    class Needed(Scripted):
+        def __init__(self, *needed: bool) -> None:
+            super().__init__()
+            self.answers = iter(needed)
+
+        @property
+        def needed(self) -> bool:
+            assert not self.left
+            return next(self.answers)
+
+    hook = made
+    hook.place, hook.agreed = Place(TOTAL // INNER), hook.gathering.weights()
+    for hook.trainer.stop_requested, answers in ((False, (True, True, False)), (True, (True,))):
+        hook.peer = Needed(*answers)
+        step(hook, TOTAL, last=True)
+        assert hook.peer.left and next(hook.peer.answers, None) is None
+    # One that is stopped before the end stays for a while all the same, and no longer.
+    monkeypatch.setattr("trainwright.training.swarming._WAIT_SECONDS", 1 / 64)
+    monkeypatch.setattr("trainwright.training.swarming._FAREWELL", 5 / 64)
+    for answers, left_over in (((True, True, False), 0), ((True,) * 20, 14)):
+        hook.place, hook.peer = Place(1, 2), Needed(*answers)
+        step(hook, 2 * INNER, last=True, stopping=True)
+        assert hook.peer.left and len(list(hook.peer.answers)) == left_over
 
 
 def test_an_interruption_while_the_last_round_is_awaited_is_no_end(made):

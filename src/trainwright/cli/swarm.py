@@ -50,7 +50,7 @@ def start(
     directory: Directory = None,
 ) -> None:
     """Create a run: its rules, first weights and tokenizer. Nobody trains before they join."""
-    with _told():
+    with _told(run):
         from trainwright.training import swarm_runs
 
         manifest = swarm_runs.start(
@@ -61,7 +61,12 @@ def start(
         f"\nrun {manifest.run[:8]}: {settings.method}, {settings.inner_steps} steps between "
         f"exchanges, {settings.codec}"
     )
-    typer.echo(f"Every machine joins with:  {shlex.join(['trainwright', 'swarm', 'join', run])}")
+    join = shlex.join(["trainwright", "swarm", "join", run])
+    typer.echo(f"Every machine joins with:  {join}")
+    if directory is not None:
+        typer.echo(f"This one with:  {join} --directory {shlex.quote(str(directory))}")
+    if run.startswith("ring:"):
+        typer.echo("This one joins first: the run is nowhere else yet.")
 
 
 @app.command()
@@ -75,7 +80,7 @@ def join(
     """Train with the others until the run ends; the same command goes on after a stop."""
     from trainwright.training.launch import INTERRUPTED, RunInterrupted, WorkerFailed
 
-    with _told():
+    with _told(url):
         from trainwright.training import swarm_runs
 
         try:
@@ -111,7 +116,7 @@ def status(
     from rich.console import Console
 
     console = Console(highlight=False)
-    with _told(), tempfile.TemporaryDirectory(prefix="trainwright-swarm-") as folder:
+    with _told(url), tempfile.TemporaryDirectory(prefix="trainwright-swarm-") as folder:
         from trainwright.swarm.identity import Identity
         from trainwright.swarm.runs import find_run
         from trainwright.swarm.status import Watch
@@ -119,7 +124,7 @@ def status(
         from trainwright.swarm.transports.transport import TransportError
         from trainwright.training.swarm_file import no_run
 
-        transport = open_transport(url, Identity.new(), Path(folder))
+        transport = open_transport(url, Identity.new(), Path(folder), visit=True)
         try:
             manifest = find_run(transport)
             if manifest is None:
@@ -152,7 +157,7 @@ def validate(
     ] = None,
 ) -> None:
     """Try all contributions on data, without training, and publish what they are worth."""
-    with _told():
+    with _told(url):
         from trainwright.training import swarm_runs
 
         swarm_runs.validate(
@@ -170,7 +175,7 @@ def export(
     ] = None,
 ) -> None:
     """Fetch the newest agreed model as a Hugging Face directory."""
-    with _told():
+    with _told(url):
         from trainwright.training import swarm_runs
 
         rounds, folder = swarm_runs.export(url, destination, overrides or [], say=_printer())
@@ -178,7 +183,7 @@ def export(
 
 
 @contextmanager
-def _told() -> Iterator[None]:
+def _told(url: str) -> Iterator[None]:
     """A package of the extra that is missing, or a place that is away, in a sentence."""
     from trainwright.errors import Mistake, UserError
     from trainwright.swarm.transports.transport import TransportError
@@ -192,7 +197,7 @@ def _told() -> Iterator[None]:
         what = f"`trainwright swarm` needs the package {error.name}"
         raise UserError(Mistake(what, "pip install 'trainwright[swarm]'")) from None
     except TransportError as error:
-        raise away(error) from None
+        raise away(error, url) from None
 
 
 def _printer() -> Callable[[str], None]:

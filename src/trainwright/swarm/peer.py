@@ -20,6 +20,7 @@ done by a few more threads, so that no link and no vector stops the clock.
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,7 @@ from trainwright.swarm.peer_settle import Terms
 from trainwright.swarm.peer_shelves import Shelves
 from trainwright.swarm.scores import Evaluate, Score, try_contributions
 from trainwright.swarm.settings import refuse_too_few_bytes
+from trainwright.swarm.transports.store import Store
 from trainwright.swarm.transports.transport import Transport
 
 __all__ = ["Outcome", "Peer", "Status", "Wanted"]
@@ -93,6 +95,7 @@ class Peer:
         self._desk = Desk(method.inner_steps, method.delay)
         shelves = Shelves(transport, identity, manifest, terms)
         self._driver = Driver(shelves, self._memory, self._desk, manifest, say, name, __version__)
+        self._ended = 0.0  # when it was first asked whether it is still needed
         self._thread = threading.Thread(target=self._driver.run, name="swarm", daemon=True)
 
     def start(self, active: bool = True, wait: float | None = None) -> Agreed | None:
@@ -194,9 +197,23 @@ class Peer:
             self._memory.keep_offered(offered)
         self._memory.save(duties.state)
 
+    @property
+    def needed(self) -> bool:
+        """Whether others still lack what goes away with this peer, when it ends: over a ring
+        objects are with their owners. For half a deadline at most, in which a round is over.
+        """
+        driver, now = self._driver, time.monotonic()
+        if isinstance(driver.shelves.transport, Store):
+            return False
+        self._ended = self._ended or now
+        if now > self._ended + driver.manifest.rules.deadline / 2:
+            return False
+        here, others = driver.duties.state.agreed.round, driver.alive()
+        return any(card.round < here for peer, card in others.items() if peer != self.me)
+
     def leave(self) -> None:
         """Tell the others that this peer goes; a contribution under way is still delivered."""
-        if self._thread.is_alive():
+        if self._thread.is_alive() and hasattr(self._driver, "rounds"):  # or it never came in
             self._driver.leaving = True
             self._driver.errands.call(self._driver.changed)
             self._driver.left.wait(_LAST_WORDS)

@@ -192,7 +192,10 @@ class Driver:
             self._write_card()
         if time.monotonic() >= self._look_due:
             self._look_around()
-        if self.errands.away > self.heartbeat:  # what cannot be seen has not been silent
+        # What cannot be seen has not been silent, and is late for no deadline. A call that hangs
+        # tells that later than one that fails, for over slow links calls take their time.
+        hangs = self.errands.unanswered > self.rounds.nap
+        if self.errands.away > self.heartbeat or hangs:
             self._note_away("")
             return
         if self._away:

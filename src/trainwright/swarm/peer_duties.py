@@ -255,8 +255,11 @@ class Duties:
         message = data and self.shelves.read_kept(data, round, peer, digest)
         return (data, message) if data and message else None
 
-    def _heard(self, peer: str, digest: str) -> None:
-        self.driver.tell(ReportArrived(peer, digest))
+    def _heard(self, report: Message) -> None:
+        # One of its own that was on its way while this peer took up a later state is where nobody
+        # looks any more: a decision that names it would hold all others up.
+        if report.peer != self.me or report.round >= self.state.agreed.round - 2:
+            self.driver.tell(ReportArrived(report.peer, report.digest))
 
     def _lacks(self, round: int, peer: str, digest: str) -> None:
         """What was decided is not to be had: the others are asked for copies."""
@@ -389,7 +392,7 @@ class Duties:
                 self.wants.add(SNAPSHOT)
                 self._asked["", SNAPSHOT] = time.monotonic() + self.driver.heartbeat
                 return
-            old, self.state = self.state, state
+            old, self.state, self.trial = self.state, state, None
             self._distrust = state.agreed.round if state.agreed.round <= old.agreed.round else -1
             self.log.took_up(why, old.agreed.round, state.agreed.round)
             self._next(Outcome(old.agreed.round, old.agreed, state.agreed, replaced=True))

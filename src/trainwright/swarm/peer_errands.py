@@ -38,6 +38,8 @@ class Errands:
 
     def __init__(self) -> None:
         self._failing: float | None = None  # since when no call of the transport came back
+        self._asked: dict[Hashable, float] = {}  # small errands under way, and since when
+        self._answered = 0.0  # when a call of the transport last came back
         self._lanes = {
             lane: ThreadPoolExecutor(threads, f"swarm-{lane}") for lane, threads in _THREADS.items()
         }
@@ -92,6 +94,14 @@ class Errands:
         """For how many seconds the transport could not be reached; 0 while it can."""
         return 0.0 if self._failing is None else time.monotonic() - self._failing
 
+    @property
+    def unanswered(self) -> float:
+        """For how many seconds small calls have waited, and none came back nor failed: over a link
+        that swallows everything, calls take until somebody's patience ends, and that may be long.
+        """
+        now = time.monotonic()
+        return now - max(min(self._asked.values(), default=now), self._answered)
+
     def close(self) -> None:
         """Wait for what runs now; drop the rest."""
         for pool in self._lanes.values():
@@ -101,6 +111,8 @@ class Errands:
         if not errand.wanted():
             self._under_way.discard(errand.key)
             return
+        if errand.lane == "small":
+            self._asked[errand.key] = time.monotonic()
         self._lanes[errand.lane].submit(self._run, errand)
 
     def _run(self, errand: _Errand) -> None:
@@ -116,12 +128,14 @@ class Errands:
 
     def _came_back(self, errand: _Errand, found: Any) -> None:
         if errand.lane != "compute":
-            self._failing = None
+            self._failing, self._answered = None, time.monotonic()
+        self._asked.pop(errand.key, None)
         self._under_way.discard(errand.key)
         errand.then(found)
 
     def _try_again(self, errand: _Errand) -> None:
         self._failing = self._failing or time.monotonic()
+        self._asked.pop(errand.key, None)
         heapq.heappush(self._later, (time.monotonic() + errand.pause, next(self._order), errand))
         errand.pause = min(2 * errand.pause, _LONGEST_PAUSE)
 

@@ -37,10 +37,10 @@ class Trial:
 
 
 class Reports:
-    """Reports by digest. `heard(peer, digest)` is called once with each."""
+    """Reports by digest. `heard` is called once with each."""
 
     def __init__(
-        self, shelves: Shelves, errands: Errands, heard: Callable[[str, str], None]
+        self, shelves: Shelves, errands: Errands, heard: Callable[[Message], None]
     ) -> None:
         self.shelves, self.errands, self.heard = shelves, errands, heard
         self.digest, self.round = "", 0  # of this peer's newest, once it is on its shelf
@@ -138,4 +138,4 @@ class Reports:
     def _keep(self, round: int, data: bytes, message: Message) -> None:
         if message.digest not in self._here:
             self._here[message.digest] = (round, data, message)
-            self.heard(message.peer, message.digest)
+            self.heard(message)

@@ -97,9 +97,16 @@ class Watch:
 
 
 def table(status: RunStatus) -> list[tuple[str, ...]]:
-    """The peers as rows of text under COLUMNS, those that train first."""
+    """The peers as rows of text under COLUMNS, those that train first; who only came to look or to
+    fetch the model, and has gone, is none.
+    """
     order = ("training", "watching", "silent", "left", "excluded")
-    peers = sorted(status.peers, key=lambda each: (order.index(each.state), each.peer))
+    here = [
+        each
+        for each in status.peers
+        if each.card.active or each.card.tokens or each.state not in ("silent", "left")
+    ]
+    peers = sorted(here, key=lambda each: (order.index(each.state), each.peer))
     return [
         (
             f"{each.card.name} ({each.peer[:6]})" if each.card.name else each.peer[:6],

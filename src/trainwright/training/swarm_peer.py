@@ -71,7 +71,7 @@ def build_peer(
         transport = open_transport(joined.url, identity, own_directory(directory))
         manifest = find_run(transport)
     except TransportError as error:
-        raise away(error) from error
+        raise away(error, joined.url) from error
     if manifest is None or manifest.run != joined.run:
         there = f"run {manifest.run}" if manifest is not None else "no run"
         what = f"this directory joined run {joined.run}, and there is {there}"
@@ -124,7 +124,7 @@ class PeerTrainer:
         self.transport: Transport | None = None
         say = progress.say if progress is not None else print
         world: World = step.spread.mesh.world
-        self.me = own_identity(run.path).peer
+        self.me, self.exported = own_identity(run.path).peer, run.export
         self.hook = SwarmHook(
             trainer,
             step.spread,
@@ -162,6 +162,8 @@ class PeerTrainer:
         if first >= self.hook.trainer.total_steps:
             what = "the run is over: all of its rounds are agreed"
             fix = "fetch the model: trainwright swarm export URL"
+            if self.exported.is_dir():
+                fix = f"its model is in {self.exported}"
             raise UserError(Mistake(what, fix))
         if first < step:
             store.rewind(first)  # those steps come again, from what was agreed

@@ -28,10 +28,8 @@ from trainwright.recipe.schema import Recipe
 from trainwright.recipe.swarm import Swarm
 from trainwright.swarm.adapting import adapt
 from trainwright.swarm.events import Rules
-from trainwright.swarm.identity import Identity
 from trainwright.swarm.link import measure_link
 from trainwright.swarm.manifest import Manifest
-from trainwright.swarm.message import BadMessage, read_message, write_message
 from trainwright.swarm.methods.method import Agreed
 from trainwright.swarm.peer import Peer
 from trainwright.swarm.peer_card import LONGEST
@@ -39,7 +37,7 @@ from trainwright.swarm.runs import find_run, genesis_hash, start_run
 from trainwright.swarm.scores import Score
 from trainwright.swarm.settings import refuse_too_few_bytes
 from trainwright.swarm.transports.open import open_transport
-from trainwright.swarm.transports.transport import Transport
+from trainwright.swarm.transports.transport import Transport, TransportError
 from trainwright.training.api import RunResult, finish_run
 from trainwright.training.assemble import build_model, what_is_optimised
 from trainwright.training.exporting import export_run
@@ -50,6 +48,13 @@ from trainwright.training.prepare import prepare_run, total_steps
 from trainwright.training.run_directory import RunDirectory, locked, open_run
 from trainwright.training.swarm_file import Joined, no_run, own_directory
 from trainwright.training.swarm_peer import build_peer, method_of, orders, own_identity
+from trainwright.training.swarm_tokenizer import (
+    CONFIG,
+    TOKENIZER,
+    fetch_tokenizer,
+    packed,
+    tokenizer_files,
+)
 from trainwright.training.swarming import Losses
 
 if TYPE_CHECKING:
@@ -57,10 +62,6 @@ if TYPE_CHECKING:
 
 Say = Callable[[str], None]
 
-CONFIG = "model.json"  # among the tokenizer's files: the model's shape, as Hugging Face writes it
-TOKENIZER = "tokenizer"  # an object on the starter's shelf: the files that all peers read text with
-_TOKENIZER_BYTES = 1 << 27
-_TEXTS = (".json", ".txt", ".model", ".jinja")  # what a tokenizer's files end in
 _SAY_SECONDS = 5.0
 
 
@@ -87,16 +88,14 @@ def start(
         what = "this directory has trained already"
         raise UserError(Mistake(what, "give another --directory", where=str(run.path)))
     with locked(run):
-        choice = prepare_run(run, read, path.read_text(), say)
-        files = _tokenizer_files(run)
-        read = with_steps(read, total_steps(read, open_data(run.path).train))
-        agreed, gathering = first_weights(run, read)
         identity = own_identity(run.path)
         transport = open_transport(url, identity, own_directory(run.path), create=True)
         try:
-            if find_run(transport) is not None:
-                what = "another run was started at this place already"
-                raise UserError(Mistake(what, "join it, or take another URL", where=url))
+            _require_free(transport, url)
+            choice = prepare_run(run, read, path.read_text(), say)
+            files = tokenizer_files(run)
+            read = with_steps(read, total_steps(read, open_data(run.path).train))
+            agreed, gathering = first_weights(run, read)
             section = read.swarm or Swarm()
             adapted = adapt(
                 section,
@@ -120,7 +119,7 @@ def start(
                 genesis_hash(agreed, identity.peer),
                 identity.peer,
             )
-            transport.put(TOKENIZER, _packed(files, manifest.run, identity))
+            transport.put(TOKENIZER, packed(files, manifest.run, identity))
             start_run(transport, identity, manifest, agreed)
         finally:
             transport.close()
@@ -206,7 +205,7 @@ def join(
     transport = open_transport(url, identity, own_directory(directory))
     try:
         manifest = _require_run(transport, url)
-        tokenizer = _fetch_tokenizer(transport, manifest, own_directory(directory))
+        tokenizer = fetch_tokenizer(transport, manifest, own_directory(directory))
     finally:
         transport.close()
     recipe = own_recipe(manifest, tokenizer, directory, overrides)
@@ -246,6 +245,7 @@ def export(
         try:
             agreed = caught_up(peer, say)
         finally:
+            peer.leave()
             peer.close()
             transport.close()
         gathering.put_back(agreed.weights)
@@ -302,9 +302,13 @@ def validate(
         return losses(who, round)
 
     try:
-        first = caught_up(peer, say).round
+        first, last = caught_up(peer, say).round, -(-steps // method.inner_steps)
+        if first >= last:
+            what = "the run is over: all of its rounds are agreed"
+            raise UserError(Mistake(what, "there is nothing to be tried", where=url))
         say(f"watching from round {first}")
-        last = -(-steps // method.inner_steps)
+        if peer.me != manifest.starter:
+            say("only those who train, or started the run, are heard: this is for you to read")
         while peer.round < (last if rounds is None else min(last, first + rounds)):
             peer.outcome(wait=1.0)
             if (round := peer.trial_round) is not None:
@@ -340,10 +344,10 @@ def _visit(
     url: str, directory: Path, overrides: Sequence[str] = ()
 ) -> tuple[RunDirectory, Recipe, Manifest]:
     """A run directory for somebody who does not train, with what is needed to build the model."""
-    transport = open_transport(url, own_identity(directory), own_directory(directory))
+    transport = open_transport(url, own_identity(directory), own_directory(directory), visit=True)
     try:
         manifest = _require_run(transport, url)
-        tokenizer = _fetch_tokenizer(transport, manifest, own_directory(directory))
+        tokenizer = fetch_tokenizer(transport, manifest, own_directory(directory))
     finally:
         transport.close()
     recipe = own_recipe(manifest, tokenizer, directory, overrides)
@@ -353,6 +357,20 @@ def _visit(
     config = json.loads((tokenizer.parent / CONFIG).read_text())
     write_json(run.model_config, config)
     return run, recipe, manifest
+
+
+def _require_free(transport: Transport, url: str) -> None:
+    try:
+        found = find_run(transport)
+    except TransportError as error:
+        what = f"no run can be started there: {error}"
+        fix = "look up the URL, and try again"
+        if url.startswith("ring:"):
+            fix = "start it on the machine that the URL names first, at a port that is free there"
+        raise UserError(Mistake(what, fix, where=url)) from error
+    if found is not None:
+        what = "another run was started at this place already"
+        raise UserError(Mistake(what, "join it, or take another URL", where=url))
 
 
 def _require_run(transport: Transport, url: str) -> Manifest:
@@ -372,57 +390,3 @@ def default_directory(url: str) -> Path:
     """`runs/` and the last part of the run's URL, without a ring's secret."""
     last = url.partition("?")[0].rstrip("/").rpartition("/")[2].rpartition("@")[2]
     return Path("runs") / (last.replace(":", "-") if last.strip(".") else "swarm")
-
-
-def _tokenizer_files(run: RunDirectory) -> dict[str, bytes]:
-    """The tokenizer's files and the model's config, by name. Raises UserError for what no peer
-    would take.
-    """
-    found = sorted(path for path in run.tokenizer.iterdir() if path.is_file())
-    files = {CONFIG: run.model_config.read_bytes()}
-    for path in found:
-        if not path.name.endswith(_TEXTS):
-            what = f"the tokenizer has a file that peers would not take: {path.name}"
-            raise UserError(Mistake(what, "save it as tokenizer.json", where=str(run.tokenizer)))
-        files[path.name] = path.read_bytes()
-    if (size := sum(map(len, files.values()))) > _TOKENIZER_BYTES - 2**20:
-        what = f"the tokenizer's files have {size / 1e6:.0f} MB"
-        raise UserError(Mistake(what, "take a smaller tokenizer", where=str(run.tokenizer)))
-    return files
-
-
-def _packed(files: Mapping[str, bytes], run: str, identity: Identity) -> bytes:
-    """Files as a message."""
-    return write_message(TOKENIZER, run, 0, {"files": [*files]}, [*files.values()], identity)
-
-
-def _fetch_tokenizer(transport: Transport, manifest: Manifest, directory: Path) -> Path:
-    """The starter's tokenizer, in a folder of this machine. It is read as data, never run."""
-    folder = directory / TOKENIZER
-    try:
-        data = transport.get(manifest.starter, TOKENIZER, _TOKENIZER_BYTES)
-        if data is None:
-            raise BadMessage("it is not there")
-        message = read_message(
-            data,
-            run=manifest.run,
-            kind=TOKENIZER,
-            limit=_TOKENIZER_BYTES,
-            peer=manifest.starter,
-            round=0,
-        )
-        names = message.body.get("files")
-        if not isinstance(names, list) or len(names) != len(message.planes):
-            raise BadMessage("it names no files")
-        for name, plane in zip(names, message.planes, strict=True):
-            if not isinstance(name, str) or Path(name).name != name or name.startswith("."):
-                raise BadMessage(f"{name!r} is no file's name")
-            if not name.endswith(_TEXTS):
-                raise BadMessage(f"{name!r} is no file of a tokenizer")
-            folder.mkdir(parents=True, exist_ok=True)
-            place = directory if name == CONFIG else folder
-            write_atomically(place / name, plane.tobytes())
-    except ValueError as error:
-        what = f"the run's tokenizer cannot be read: {error}"
-        raise UserError(Mistake(what, "ask whoever started the run")) from None
-    return folder

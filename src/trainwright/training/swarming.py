@@ -9,6 +9,7 @@ worker takes another for dead.
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -32,6 +33,7 @@ from trainwright.training.step import StepStats
 _GO_ON, _WAIT, _CONTRIBUTE, _MERGE, _TRY, _LOSS, _STOP = range(7)
 _WAIT_SECONDS = 1.0
 _LONG_WAIT = 5.0
+_FAREWELL = 10.0  # seconds that a peer that is stopped goes on serving what others lack
 
 
 @dataclass(frozen=True)
@@ -154,6 +156,7 @@ class SwarmHook:
         if last:
             if not stopping:
                 self.gathering.put_back(self.agreed)
+            self._see_others_off(stopping)
             if self.peer is not None:
                 self.peer.leave()
 
@@ -181,14 +184,32 @@ class SwarmHook:
                 code = _TRY
         return self._say(code)
 
+    def _see_others_off(self, stopping: bool) -> None:
+        """Stay until the others have all that they can only have of here: at the end of the run
+        until this peer is asked to stop, and where it is stopped before that, for some seconds.
+        """
+        stays, waited = False, 0.0
+        while True:
+            if self.peer is not None:
+                patient = waited < _FAREWELL if stopping else not self.trainer.stop_requested
+                stays = self.peer.needed and patient
+            if self._say(_WAIT if stays else _GO_ON) == _GO_ON:
+                break
+            if self.peer is not None:
+                if waited == (0.0 if stopping else _LONG_WAIT):
+                    self.say("others still fetch from here what was decided last")
+                time.sleep(_WAIT_SECONDS)
+                waited += _WAIT_SECONDS
+
     def _tell_waiting(self, waits: bool) -> None:
         """A line for the user where the others take long."""
         self.waited = self.waited + _WAIT_SECONDS if waits else 0.0
         if self.waited == _LONG_WAIT and self.peer is not None:
             status = self.peer.status
             others = [card for peer, card in status.cards.items() if card.active]
+            there = "1 peer is" if len(others) == 1 else f"{len(others)} peers are"
             self.say(
-                f"round {status.round} waits for others: {len(others)} peers are there, "
+                f"round {status.round} waits for others: {there} there, "
                 f"{self.quorum} contributions are needed"
             )
 

@@ -7,6 +7,7 @@ link. Requests are few: each costs a round trip, and some stores take money for 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -14,12 +15,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlsplit, urlunsplit
 
 import obstore
-from obstore.exceptions import (
-    AlreadyExistsError,
-    BaseError,
-    PermissionDeniedError,
-    UnauthenticatedError,
-)
+from obstore.exceptions import AlreadyExistsError, BaseError
 from obstore.store import ObjectStore, from_url
 
 from trainwright.errors import Mistake, UserError
@@ -28,7 +24,17 @@ from trainwright.swarm.transports.transport import TransportError
 _PART = 5 << 20  # bytes; the smallest part that S3 takes
 _PATIENCE = timedelta(seconds=120)  # for a request: a part of 5 MiB needs 0.35 Mbit/s
 _RETRIES = {"max_retries": 2, "retry_timeout": timedelta(seconds=15)}  # peers ask again anyway
-_FORM = "write s3://bucket/prefix, gs://bucket/prefix or az://account/container/prefix"
+_FORM = (
+    "write s3://bucket/prefix, gs://bucket/prefix, or az://container/prefix with "
+    "AZURE_STORAGE_ACCOUNT_NAME set"
+)
+_RIGHTS = (
+    "set the right AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (GOOGLE_APPLICATION_CREDENTIALS; "
+    "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY)"
+)
+# Refused, or asked of the cloud's own machine, which this one is not: there are no credentials.
+_NO_RIGHT = re.compile(r" 40[13] |privileges|credentials|169\.254\.169\.254|metadata\.google")
+_RETRYING = re.compile(r" in [\d.]+.?s(, after \d+ retries.*?retry_timeout: \w+ )?")
 
 if TYPE_CHECKING:
     from obstore import GetOptions
@@ -108,6 +114,9 @@ def open_bucket(url: str) -> Bucket:
             Mistake(f"{unknown[0]!r} in the run's URL is nothing of a bucket", "leave it out")
         )
     endpoint = options.get("endpoint") or os.environ.get("AWS_ENDPOINT_URL", "")
+    if endpoint and not re.match(r"https?://[^/]", endpoint):
+        what = f"the endpoint {endpoint!r} is no server's address"
+        raise UserError(Mistake(what, "write ?endpoint=https://host", where=url))
     client = {
         "timeout": _PATIENCE,
         "connect_timeout": timedelta(seconds=10),
@@ -118,8 +127,9 @@ def open_bucket(url: str) -> Bucket:
     try:
         store = opened(plain, config=options, client_options=client, retry_config=_RETRIES)
     except (BaseError, ValueError) as error:
-        what = f"no bucket can be opened: {_first(error)}"
-        raise UserError(Mistake(what, _FORM, where=url)) from error
+        text = _first(error)
+        fix = _RIGHTS if "Missing" in text else _FORM
+        raise UserError(Mistake(f"no bucket can be opened: {text}", fix, where=url)) from error
     _check(store, url)
     return Bucket(store)
 
@@ -127,14 +137,18 @@ def open_bucket(url: str) -> Bucket:
 def _check(store: ObjectStore, url: str) -> None:
     try:
         obstore.list_with_delimiter(store)
-    except (PermissionDeniedError, UnauthenticatedError, PermissionError) as error:
-        what = f"the bucket may not be read: {_first(error)}"
-        fix = "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (or the cloud's own variables)"
-        raise UserError(Mistake(what, fix, where=url)) from error
-    except (BaseError, OSError) as error:
-        if " 404 " in str(error):
+    except (BaseError, OSError) as error:  # of a listing all kinds of refusals are one class
+        text = _first(error)
+        if _NO_RIGHT.search(text):
+            raise UserError(
+                Mistake(f"the bucket may not be read: {text}", _RIGHTS, where=url)
+            ) from error
+        if " 404 " in text:
             what = "there is no such bucket"
             raise UserError(Mistake(what, f"make it first; {_FORM}", where=url)) from error
+        if "incorrectly configured region" in text:
+            what = "the bucket is in another region"
+            raise UserError(Mistake(what, "write ?region=… behind the URL", where=url)) from error
 
 
 @contextmanager
@@ -148,5 +162,6 @@ def _reported() -> Iterator[None]:
 
 
 def _first(error: Exception) -> str:
-    """What obstore says, without the debugger's view of it and the server's XML."""
-    return str(error).split("\n", 1)[0].split("<?xml", 1)[0][:300].strip()
+    """What obstore says, without the debugger's view of it, its retries and the server's XML."""
+    text = str(error).split("\n", 1)[0].split("<?xml", 1)[0]
+    return _RETRYING.sub("", text)[:500].strip(" :")

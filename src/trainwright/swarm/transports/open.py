@@ -15,12 +15,13 @@ _FORMS = "a folder (/mnt/disk/run), s3://bucket/run, gs://bucket/run, az://… o
 
 
 def open_transport(
-    url: str, identity: Identity, directory: Path, create: bool = False
+    url: str, identity: Identity, directory: Path, create: bool = False, visit: bool = False
 ) -> Transport:
     """The transport of a run's URL, for the peer of that identity.
 
     `directory` is the peer's own on a local disk, for transports that keep something there.
-    `create` makes a folder that is not there yet; without it a missing folder is a mistake.
+    `create` makes a folder that is not there yet; without it a missing folder is a mistake. Who
+    only means to `visit` leaves a ring's own addresses to its peers.
     Nothing is written into the run: whoever only looks leaves no trace. Raises UserError for URLs
     that are none, and for whatever else the user has to put right.
     """
@@ -28,7 +29,7 @@ def open_transport(
     if scheme == "ring":
         from trainwright.swarm.transports.ring import open_ring
 
-        return open_ring(url, identity.peer, directory)
+        return open_ring(url, identity.peer, directory, visit)
     if scheme in ("s3", "gs", "az"):
         from trainwright.swarm.transports.bucket import open_bucket
 

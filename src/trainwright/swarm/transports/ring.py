@@ -60,24 +60,26 @@ class RingUrl:
             ) from None
 
 
-def open_ring(url: str, me: str, directory: Path) -> Transport:
+def open_ring(url: str, me: str, directory: Path, visit: bool = False) -> Transport:
     """The transport of a ring:// URL; what it keeps is below `directory`, of one process only.
+
+    Who is only there for a `visit` never listens at the URL's addresses, which are its peers'.
 
     Raises UserError for a URL that is none, an address that is not this machine's, or a directory
     that another process has open.
     """
-    return Ring(RingUrl.read(url), checked_peer(me), directory / "ring")
+    return Ring(RingUrl.read(url), checked_peer(me), directory / "ring", visit)
 
 
 class Ring:
     """A `Transport` among machines that can dial each other."""
 
-    def __init__(self, url: RingUrl, me: str, directory: Path) -> None:
+    def __init__(self, url: RingUrl, me: str, directory: Path, visit: bool = False) -> None:
         self.me = me
         directory.mkdir(parents=True, exist_ok=True)
         self._lock = _locked(directory / "lock")
         try:
-            listening, own = _listening(url, directory / "port")
+            listening, own = _listening(url, directory / "port", visit)
         except BaseException:
             self._lock.close()
             raise
@@ -87,7 +89,7 @@ class Ring:
         self._registers = Registers(directory, me, self._links)
         self._seed = url.seeds[0]
         self._gossip = Gossip(self._library, self._links, url.seeds, own)
-        self._pulls = Pulls(self._library, self._links, self._gossip.ring, self._gossip.measured)
+        self._pulls = Pulls(self._library, self._links, self._gossip)
         handlers = {
             "news": self._gossip.answer_news,
             "probe": self._gossip.answer_probe,
@@ -169,7 +171,7 @@ class Ring:
 
     def _join(self) -> None:
         if not self._gossip.joined.wait(2 * PATIENCE):
-            raise TransportError("nobody answers at the addresses of the URL")
+            raise TransportError(self._gossip.problem)
 
     def _first(self) -> str:
         if self._gossip.own == self._seed:
@@ -211,7 +213,7 @@ def _locked(path: Path) -> TextIO:
     return file
 
 
-def _listening(url: RingUrl, kept: Path) -> tuple[socket.socket, Address]:
+def _listening(url: RingUrl, kept: Path, visit: bool) -> tuple[socket.socket, Address]:
     """A listening socket, and the address at which others dial it; its host is empty where only
     they know it. A peer comes back to the port that it had before, if that is still free.
     """
@@ -221,7 +223,7 @@ def _listening(url: RingUrl, kept: Path) -> tuple[socket.socket, Address]:
         except OSError as error:
             what = f"cannot listen on port {url.listen.port}: {error.strerror}"
             raise UserError(Mistake(what, "give `listen` a port that is free")) from None
-    for seed in url.seeds:
+    for seed in () if visit else url.seeds:
         with suppress(OSError):  # another machine's, or another peer of this one has it
             sock = socket.create_server(seed)
             if not re.fullmatch(r"[0-9.]+|localhost", seed.host):

@@ -78,10 +78,12 @@ class Link:
         self.peer = ""  # who is at the other end, from the greeting on
 
     @classmethod
-    def dial(cls, address: Address, moved: Moved) -> Link:
+    def dial(cls, address: Address, moved: Moved, patience: float) -> Link:
         """A new connection to whoever listens there."""
-        with _reported(f"nobody answers at {address}"):
-            return cls(socket.create_connection(address, timeout=PATIENCE), moved)
+        with _reported("nobody answers"):
+            link = cls(socket.create_connection(address, timeout=patience), moved)
+            link.patience(patience)
+            return link
 
     def patience(self, seconds: float) -> None:
         """How long to wait for the next bytes from now on."""
@@ -148,7 +150,10 @@ def greet(link: Link, secret: str, me: str, port: int) -> str:
     """Greet as the one that dialled; sets `link.peer`. Says as which host the other sees us."""
     nonce = secrets.token_hex(16)
     link.send({"ring": _VERSION, "me": me, "port": port, "nonce": nonce})
-    answer, _ = link.receive(most=_GREETING)
+    try:
+        answer, _ = link.receive(most=_GREETING)
+    except BadFrameError:
+        answer = {}
     other = answer.get("nonce"), answer.get("me")
     if answer.get("ring") != _VERSION or not all(isinstance(each, str) for each in other):
         raise BadFrameError("something else than a ring of this version answers")

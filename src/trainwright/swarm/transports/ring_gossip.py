@@ -12,7 +12,6 @@ import os
 import random
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from threading import Event, Lock, Thread
 from typing import Any
 
@@ -44,6 +43,7 @@ class Gossip:
         self, library: Library, links: Links, seeds: tuple[Address, ...], own: Address
     ) -> None:
         self.joined = Event()  # there is a ring, as far as this peer can tell
+        self.problem = "nobody answers at the addresses of the URL"  # until it joined
         self._library, self._links = library, links
         self.own, self._seeds = own, tuple(seed for seed in seeds if seed != own)
         self._begins = own in seeds  # one of the seeds may be the first of all
@@ -81,6 +81,11 @@ class Gossip:
         with self._lock:
             self._rates[peer] = max(step, self._rates.get(peer, step) - 1)
 
+    def rate(self, peer: str) -> float:
+        """Bytes/s that come from a peer, as measured; 0 before that."""
+        with self._lock:
+            return 2.0 ** (self._rates[peer] / 2) if peer in self._rates else 0.0
+
     def answer_news(self, link: Link, header: Header, body: bytes) -> None:
         """Answer who asks for news."""
         elsewhere, wait = header["elsewhere"], min(float(header["wait"]), _HELD)
@@ -107,11 +112,19 @@ class Gossip:
             }
             for seed in self._seeds:
                 if seed not in reached:
-                    with suppress(TransportError):
-                        self._links.meet(seed)
+                    try:
+                        if self._links.meet(seed) == self._library.me:
+                            self._is_at(seed)
+                    except TransportError as error:
+                        self.problem = f"{seed}: {error}"
             if self._begins:
                 self.joined.set()
             self._closed.wait(_ASIDE if self._links.live() else _LATER[0])
+
+    def _is_at(self, seed: Address) -> None:
+        """One of the URL's addresses is this peer's own, as who dials it finds out."""
+        self.own, self._begins = seed, True
+        self._seeds = tuple(each for each in self._seeds if each != seed)
 
     def _look_after(self) -> None:
         """Follow whom there is to follow, and tell about this peer once it has a shelf."""

@@ -62,8 +62,11 @@ class Links:
         return found
 
     def meet(self, address: Address) -> str:
-        """Dial an address, whoever is there; its name."""
+        """Dial an address, whoever is there; its name, which may be this peer's own."""
         link = self._dialled(address)
+        if link.peer == self._library.me:
+            link.close()
+            return link.peer
         self.heard(link.peer, address)
         self._keep(link)
         return link.peer
@@ -165,7 +168,7 @@ class Links:
             with self._lock:
                 links = self._idle[peer]
                 kept = links.pop() if links else None
-            link = kept or self._dial(peer)
+            link = kept or self._dial(peer, min(patience, PATIENCE))
             try:
                 link.patience(patience)
                 link.send(header, body)
@@ -179,11 +182,11 @@ class Links:
                 link.close()
                 raise
 
-    def _dial(self, peer: str) -> Link:
+    def _dial(self, peer: str, patience: float) -> Link:
         problem = TransportError(f"nobody knows where {peer} is")
         for address in self.addresses(peer):
             try:
-                link = self._dialled(address)
+                link = self._dialled(address, patience)
             except TransportError as error:
                 problem = error
                 continue
@@ -193,10 +196,10 @@ class Links:
             problem = TransportError(f"{link.peer} answers at {address}, not {peer}")
         raise problem
 
-    def _dialled(self, address: Address) -> Link:
+    def _dialled(self, address: Address, patience: float = PATIENCE) -> Link:
         if self._closed:
             raise TransportError("the transport was closed")
-        link = Link.dial(address, self._moved)
+        link = Link.dial(address, self._moved, patience)
         try:
             seen_as = greet(link, self._secret, self._library.me, self._port)
         except BaseException:

@@ -2,18 +2,19 @@
 
 Everybody asks its predecessor, who asks its own while it answers: an object leaves its owner once
 and goes round while it is still coming in. Where that ends (a crash, a stall), the rest is asked
-of the owner, or of anybody who has it whole, from the byte that is missing.
+of the owner, or of anybody who has it whole, from the byte that is missing. A relay on a link that
+is many times slower than the owner's is left in the same way, and is none for a while.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
 from threading import Condition, Lock, Thread
 from typing import BinaryIO
 
 from trainwright.swarm.transports.ring_frames import PATIENCE, PIECE, Header, Link
+from trainwright.swarm.transports.ring_gossip import Gossip
 from trainwright.swarm.transports.ring_library import Library
 from trainwright.swarm.transports.ring_links import Links
 from trainwright.swarm.transports.ring_objects import is_digest
@@ -21,6 +22,8 @@ from trainwright.swarm.transports.transport import TransportError
 
 _RELAYED = 1 << 15  # bytes from which an object goes round; smaller ones are asked of their owner
 _FIRST = 1.5  # seconds until a relay must have sent something
+_LAGS = 4  # times as slow as its owner's link may be what comes through a relay
+_AVOIDED = 30.0  # seconds for which a peer that was found slow is no relay
 _TELLING = 1 << 18  # bytes from which the time of a transfer says how fast the link is
 
 
@@ -31,6 +34,7 @@ class _Pull:
         self.owner, self.digest, self.size = owner, digest, size
         self.got, self.over, self.problem = 0, False, ""
         self.source = ""  # who is being asked for it
+        self.lagged = ("", 0.0)  # a relay that was left for being slow, and its bytes/s
         self.moved = Condition()
 
     def advance(self, got: int) -> None:
@@ -53,20 +57,12 @@ class _Pull:
 
 
 class Pulls:
-    """Fetches each object once, however many ask for it. Thread-safe.
+    """Fetches each object once, however many ask for it. Thread-safe."""
 
-    `ring` says the order of the peers now; `measured` is told bytes/s from a peer.
-    """
-
-    def __init__(
-        self,
-        library: Library,
-        links: Links,
-        ring: Callable[[], tuple[str, ...]],
-        measured: Callable[[str, float], None],
-    ) -> None:
+    def __init__(self, library: Library, links: Links, gossip: Gossip) -> None:
         self._library, self._objects, self._links = library, library.objects, links
-        self._ring, self._measured = ring, measured
+        self._gossip = gossip
+        self._slow: dict[str, float] = {}  # until when peers count as slow
         self._lock = Lock()
         self._running: dict[str, _Pull] = {}
         self._broken = set[str]()  # came in with another digest: from their owner next time
@@ -143,11 +139,14 @@ class Pulls:
             while pull.got < pull.size:
                 before, problems = pull.got, list[str]()
                 for source, relay in self._sources(pull):
+                    begun = time.monotonic()
                     try:
                         self._copy(source, relay, pull, file)
                         return
                     except TransportError as error:
                         problems.append(f"{source}: {error}")
+                    if relay and time.monotonic() > begun + _FIRST:  # not at every object again
+                        self._slow[source] = time.monotonic() + _AVOIDED
                 if pull.got == before:
                     reasons = "; ".join(problems) or "nobody is there"
                     raise TransportError(f"{pull.owner}'s object cannot be had: {reasons}")
@@ -155,28 +154,48 @@ class Pulls:
     def _copy(self, source: str, relay: bool, pull: _Pull, file: BinaryIO) -> None:
         pull.source = source
         question = {"ask": "pull", "digest": pull.digest, "offset": pull.got, "relay": relay}
-        with self._links.asked(source, question) as (link, answer, _):
+        # If nothing comes of a relay, it may wait for somebody who waits for this peer.
+        patience, asked = _FIRST if relay else PATIENCE, time.monotonic()
+        with self._links.asked(source, question, patience=patience) as (link, answer, _):
             there = answer.get("size") == pull.size
             if there:
                 start, begun = pull.got, time.monotonic()
-                if relay:  # if nothing comes, it may wait for somebody who waits for this peer
-                    link.patience(_FIRST)
                 for piece in link.pieces(pull.size - pull.got):
                     if pull.got == start:
                         link.patience(PATIENCE)
                     file.write(piece)
                     file.flush()  # others read what is said to be there
                     pull.advance(pull.got + len(piece))
+                    if relay and self._lags(pull, pull.got - start, time.monotonic() - asked):
+                        raise TransportError("it comes too slowly")
+                pace = (pull.got - start) / max(time.monotonic() - begun, 1e-6)
                 if answer.get("whole") and pull.got - start >= _TELLING:
-                    self._measured(source, (pull.got - start) / (time.monotonic() - begun))
+                    self._gossip.measured(source, pace)
+                if source == pull.owner and pace < 2 * pull.lagged[1]:  # not the relay's fault
+                    self._slow[source] = self._slow.pop(pull.lagged[0], 0.0)
         if not there:
             raise TransportError("it is not there")
 
-    def _sources(self, pull: _Pull) -> list[tuple[str, bool]]:
-        """Whom to ask, and whether as a relay: the predecessor, the owner, and all others who are
-        there; the owner last where it was not heard lately.
+    def _lags(self, pull: _Pull, got: int, seconds: float) -> bool:
+        """Whether the relay is to be left: it and all others who send now do not give together a
+        quarter of what the link from the owner does, as far as that is not known to be slow.
         """
-        ring, live, me = self._ring(), self._links.live(), self._library.me
+        if seconds < _FIRST or pull.got == pull.size or self._is_slow(pull.owner):
+            return False
+        pace = got / seconds
+        if _LAGS * pace * len(self._running) >= self._gossip.rate(pull.owner):
+            return False
+        pull.lagged = pull.source, pace
+        return True
+
+    def _is_slow(self, peer: str) -> bool:
+        return time.monotonic() < self._slow.get(peer, 0.0)
+
+    def _sources(self, pull: _Pull) -> list[tuple[str, bool]]:
+        """Whom to ask, and whether as a relay: the predecessor that is not slow, the owner, and all
+        others who are there; the owner last where it was not heard lately.
+        """
+        ring, live, me = self._gossip.ring(), self._links.live(), self._library.me
         start = ring.index(me) if me in ring else 0
         before = [*reversed(ring[:start]), *reversed(ring[start + 1 :])]
         others = [peer for peer in before if peer in live and peer != pull.owner]
@@ -185,6 +204,8 @@ class Pulls:
         if pull.owner not in live:
             return [*((peer, False) for peer in others), owner]
         goes_round = pull.size >= _RELAYED and pull.digest not in self._broken
-        if not goes_round or not before or before[0] == pull.owner or before[0] not in live:
+        relays = (peer for peer in before if peer == pull.owner or not self._is_slow(peer))
+        relay = next(relays, pull.owner)
+        if not goes_round or relay == pull.owner or relay not in live:
             return [owner, *((peer, False) for peer in others)]
-        return [(others[0], True), owner, *((peer, False) for peer in others[1:])]
+        return [(relay, True), owner, *((peer, False) for peer in others if peer != relay)]

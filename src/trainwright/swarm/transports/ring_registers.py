@@ -10,8 +10,9 @@ import json
 import random
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
-from threading import Condition, RLock
+from threading import Condition, RLock, Thread
 
 from trainwright.files import write_atomically
 from trainwright.swarm.transports.keys import checked_key
@@ -48,13 +49,26 @@ class Registers:
         if found is not None or now < self._asked.get(register, 0) + _ASK_AGAIN:
             return found
         self._asked[register] = now
-        question = {"ask": "register", "register": register}
-        live = self._links.live()
-        for _, answer, value in self._links.ask_all(live, question, b"", MOST_BODY, _ASK_AGAIN):
-            if answer.get("settled"):
-                self._learn(register, value)
-                return value
-        return None
+        asked, answered = self._links.live(), list[str]()
+
+        def ask(peer: str) -> None:
+            question = {"ask": "register", "register": register}
+            with suppress(TransportError, OSError):
+                answer, value = self._links.ask(peer, question, most=MOST_BODY)
+                if answer.get("settled"):  # on a slow link perhaps too late for who waits below
+                    self._learn(register, value)
+            with self._changed:
+                answered.append(peer)
+                self._changed.notify_all()
+
+        def known() -> bool:  # perhaps from whoever settles it just now
+            return len(answered) == len(asked) or self._known(register) is not None
+
+        for peer in asked:
+            Thread(target=ask, args=(peer,), name="ring-register", daemon=True).start()
+        with self._changed:
+            self._changed.wait_for(known, _ASK_AGAIN)
+        return self._known(register)
 
     def settle(self, register: str, value: bytes, electorate: tuple[str, ...]) -> bytes:
         """Write it, or read what others have written. Raises TransportError without a quorum."""
