@@ -200,7 +200,8 @@ def _die_in_write(path: Path, content: bytes | str) -> None:
 
 
 def plant(toy: Toy, transport: Transport, fault: str) -> None:
-    """Have the process kill itself: "before-sending:3" as the contribution to round 3 is put,
+    """Have the process kill itself: "before-sending:3" as a contribution to round 3, or the first
+    one later, is put,
     "sending", half-way through that, "after-sending", "advancing", "saving", "deciding".
     """
     what, _, number = fault.partition(":")
@@ -208,17 +209,18 @@ def plant(toy: Toy, transport: Transport, fault: str) -> None:
     advance, write = toy.method.advance, peer_memory.write_atomically
 
     def put_and_die(key: str, data: bytes) -> None:
-        if key == f"rounds/{round}/contribution":
+        mine = key.endswith("/contribution") and int(key.split("/")[1]) >= round
+        if mine:
             if what == "before-sending":
                 _die()
             if what == "sending":
                 os.fsync = lambda fd: _die()
         put(key, data)
-        if what == "after-sending" and key == f"rounds/{round}/contribution":
+        if what == "after-sending" and mine:
             _die()
 
     def advance_and_die(agreed: Agreed, *rest: object) -> Agreed:
-        if agreed.round == round:
+        if agreed.round >= round:
             _die()
         return advance(agreed, *rest)  # type: ignore[arg-type]
 
@@ -228,7 +230,7 @@ def plant(toy: Toy, transport: Transport, fault: str) -> None:
 
     def settle_and_die(register: str, data: bytes, electorate: tuple[str, ...]) -> bytes:
         found = settle(register, data, electorate)
-        if register == f"rounds/{round}":
+        if register.startswith("rounds/") and float(register.split("/")[1]) >= round:
             _die()
         return found
 

@@ -18,6 +18,7 @@ from trainwright.swarm.methods.build import build_method
 from trainwright.swarm.methods.method import Agreed
 from trainwright.swarm.peer_desk import Outcome
 from trainwright.swarm.settings import resolve_settings
+from trainwright.training.loop import Trainer
 from trainwright.training.sameness import Trial
 from trainwright.training.swarming import Place, SwarmHook, Work, data_seed
 
@@ -203,3 +204,63 @@ def test_every_peer_has_an_order_of_its_own_that_all_can_tell():
     seeds = {data_seed(42, peer) for peer in ("a" * 20, "b" * 20, None)}
     assert len(seeds) == 3
     assert data_seed(42, None) in seeds and data_seed(43, None) not in seeds
+
+
+def test_asked_to_stop_while_it_waits_a_peer_trains_no_further_step(made):
+    """What was wanted then is done first when the run goes on: as if nothing had been."""
+    hook = made
+
+    class Asked(Scripted):
+        def outcome(self, wait: float) -> Outcome | None:  # type: ignore[override]
+            hook.trainer.stop_requested = True
+            return None
+
+    hook.peer, hook.place = Asked("contribute", *["merge"] * 9), Place(0, INNER - 1)
+    step(hook, INNER)
+    assert hook.trainer.unfinished and hook.peer.left
+    place, sent, offered = hook.place, hook.sent, hook.offered
+    assert place == Place(0, 0) and sent is not None and offered is not None
+
+    hook.trainer.stop_requested = False
+    hook.peer = Scripted("merge", round=0)
+    hook.peer.start = lambda wait: outcome(hook, 0).before
+    hook.peer.offered = True
+    hook.peer.outcomes = iter([outcome(hook, 0, included=True)])
+    agreed = hook.gathering.weights() + 1
+    assert hook.begin(place, sent, offered, INNER) == INNER
+    assert hook.place == Place(1, 0) and hook.offered is None
+    assert torch.equal(hook.gathering.weights(), agreed)
+
+
+@pytest.mark.parametrize(("at", "returns"), [(3, 3), (5, 4)])
+def test_a_hook_that_was_interrupted_ends_the_loop_and_later_hooks_know(made, at, returns):
+    told = []
+
+    class Interrupted:
+        def after_step(self, done: int, stats: object, seconds: float, last: bool) -> None:
+            trainer.unfinished = done == at
+
+    class Later:
+        def after_step(self, done: int, stats: object, seconds: float, last: bool) -> None:
+            told.append((done, last))
+
+    recipe = Recipe.model_validate(
+        {
+            "name": "interrupted",
+            "model": {"family": "llama", "config": SHAPE},
+            "tokenizer": {"path": "bytes"},
+            "data": {"sources": ["python-stdlib"], "sequence_length": 16},
+            "training": {"steps": 5, "batch_sequences": 4},
+        }
+    )
+    stats = SimpleNamespace(stop_requested=False)
+    trainer = Trainer(
+        recipe,
+        SimpleNamespace(batch=lambda index, rows: None),  # type: ignore[arg-type]
+        slice(0, 4),
+        lambda *given, **more: stats,  # type: ignore[arg-type]
+        total_steps=5,
+        hooks=[Interrupted(), Later()],
+    )
+    assert trainer.run() == returns
+    assert told == [(done, done == at) for done in range(1, at + 1)]

@@ -34,7 +34,7 @@ class Trainer:
     start: int = 0
     hooks: Sequence[Hook] = field(default_factory=list)
     stop_requested: bool = False  # set by a signal handler; all workers stop after the same step
-    unfinished: bool = False  # set by a hook that was interrupted behind the last step
+    unfinished: bool = False  # set by a hook that was interrupted, on all workers alike
     next_index: int = 0  # of the step to come; a hook may skip some, on all workers alike
 
     def run(self) -> int:
@@ -52,9 +52,9 @@ class Trainer:
             last = done == self.total_steps or stats.stop_requested
             seconds = time.perf_counter() - started
             for hook in self.hooks:
-                hook.after_step(done, stats, seconds, last)
+                hook.after_step(done, stats, seconds, last or self.unfinished)
             if stats.stop_requested:
                 return done
             if self.unfinished:
-                return done - 1
+                return min(done, self.total_steps - 1)
         return self.total_steps

@@ -156,9 +156,7 @@ class PeerTrainer:
                 offered = Work(**values["offered"])
                 sent = torch.empty(values["sent"]) if self.hook.peer is not None else None
                 store.load(step, {} if sent is None else {_SENT: sent})
-        first = self.hook.begin(saved, sent, offered)
-        if self.hook.place == saved:
-            first = max(first, step)  # further, where an exchange was under way
+        first = self.hook.begin(saved, sent, offered, step)
         if first >= self.hook.trainer.total_steps:
             what = "the run is over: all of its rounds are agreed"
             fix = "fetch the model: trainwright swarm export URL"

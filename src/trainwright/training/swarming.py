@@ -107,11 +107,13 @@ class SwarmHook:
 
     # Beginning
 
-    def begin(self, saved: Place | None, sent: Tensor | None, offered: Work | None) -> int:
+    def begin(
+        self, saved: Place | None, sent: Tensor | None, offered: Work | None, step: int
+    ) -> int:
         """Catch up with the run, and take up its weights; the step to go on with.
 
-        A checkpoint of the round that the run is in, `saved`, is gone on from as it was: with what
-        had been `sent` then, and the work that was `offered` with it.
+        A checkpoint of the round that the run is in, `saved` after `step`, is gone on from as it
+        was: with what had been `sent` then, and the work that was `offered` with it.
         """
         agreed = None
         while True:
@@ -125,10 +127,11 @@ class SwarmHook:
         since = self._say(int(self.peer is not None and self.peer.offered and sent is None))
         if saved is not None and saved.round == round and not since:
             self.place, self.sent, self.offered = saved, sent, offered
+            self._see_to_wants(last=step >= self.trainer.total_steps)
         else:
             self.gathering.put_back(self.agreed)
-            self.place = Place(round)
-        return round * self.method.inner_steps + self.place.steps
+            self.place, step = Place(round), 0
+        return max(step, self.place.round * self.method.inner_steps + self.place.steps)
 
     # After each step
 
@@ -139,35 +142,39 @@ class SwarmHook:
         work = self.place.work + Work(1, stats.targets, stats.loss)
         self.place = replace(self.place, steps=self.place.steps + 1, work=work)
         stopping = stats.stop_requested
-        while (wanted := self._wanted(last and not stopping, stopping)) != _GO_ON:
-            if wanted == _CONTRIBUTE:
-                self._contribute()
-            elif wanted == _MERGE:
-                self._merge()
-            elif wanted == _TRY:
-                self._try()
-            elif wanted == _STOP:
-                self.trainer.unfinished = stopping = True
-                break
+        if not stopping and self._see_to_wants(last):
+            self.trainer.unfinished = stopping = True
         # Steps that a slow peer has not reached are skipped.
         next_index = max(done, self.place.round * self.method.inner_steps + self.place.steps)
         # The last step always comes: all hooks are to see it.
         self.trainer.next_index = min(next_index, self.trainer.total_steps - (not last))
-        if last:
+        if last or stopping:
             if not stopping:
                 self.gathering.put_back(self.agreed)
             self._see_others_off(stopping)
             if self.peer is not None:
                 self.peer.leave()
 
-    def _wanted(self, last: bool, stopping: bool) -> int:
+    def _see_to_wants(self, last: bool) -> bool:
+        """Do what the peer wants until it wants another step; whether somebody asked to stop
+        before that. What is wanted then is seen to when the run goes on.
+        """
+        while (wanted := self._wanted(last)) not in (_GO_ON, _STOP):
+            if wanted == _CONTRIBUTE:
+                self._contribute()
+            elif wanted == _MERGE:
+                self._merge()
+            elif wanted == _TRY:
+                self._try()
+        return wanted == _STOP
+
+    def _wanted(self, last: bool) -> int:
         """What all workers do next, as the first one's peer says."""
-        if self.place.round * self.method.inner_steps >= self.trainer.total_steps or stopping:
+        if self.place.round * self.method.inner_steps >= self.trainer.total_steps:
             return _GO_ON  # nobody else takes part in a round after the last
         code = _GO_ON
         if self.peer is not None and self.trainer.stop_requested:
-            # The step at which all stop comes next, if there is one.
-            code = _STOP if last else _GO_ON
+            code = _STOP
         elif self.peer is not None:
             wanted: str = self.peer.wanted(self.place.steps)
             if wanted == "go on" and last:
