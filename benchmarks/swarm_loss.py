@@ -93,7 +93,7 @@ class Results:
             return
         if self.only_read:
             raise SystemExit("not all has been trained: leave `--report` out")
-        missing.sort(key=lambda run: (run.model != "4m", run.peers))
+        missing.sort(key=lambda run: (run.model != "4m", -run.peers))
         with ProcessPoolExecutor(self.workers, mp_context=get_context("spawn")) as pool:
             jobs = {pool.submit(train, run): run for run in missing}
             for number, job in enumerate(as_completed(jobs), start=1):

@@ -80,7 +80,9 @@ def launch_workers(
     from trainwright.resilience.out_of_memory import childrens_peak
 
     # The agent's own log repeats a worker's failure at length; `first_cause` says it once.
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in [*logging.root.manager.loggerDict]:  # each has a level of its own
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     logs = run_directory / "logs"
     clear_reports(logs)
     (logs / INTERRUPTED_MARK).unlink(missing_ok=True)
