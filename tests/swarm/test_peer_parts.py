@@ -82,6 +82,22 @@ def test_desk_wants_another_contribution_of_who_healed_in_the_same_round() -> No
     assert desk.offer(lambda round: None)
 
 
+@pytest.mark.parametrize("included", [True, False])
+def test_desk_goes_back_to_a_round_whose_exchange_ended_while_nobody_trained(
+    included: bool,
+) -> None:
+    desk, agreed = Desk(inner_steps=4, delay=1), Agreed(5, torch.zeros(4))
+    desk.begin(agreed, offered=False, included=included)
+    assert not desk.go_back(3)
+    assert desk.go_back(4) == included
+    assert desk.round == 5 - included and desk.offered == included
+    if included:
+        assert [desk.wanted(0), desk.wanted(1)] == ["go on", "merge"]
+        found = desk.outcome(0.0)
+        assert found and (found.round, found.included) == (4, True) and found.after is agreed
+        assert desk.round == 5 and not desk.offered
+
+
 def test_desk_gives_up_what_was_trained_rather_than_pile_up_outcomes() -> None:
     desk = Desk(inner_steps=1, delay=0)
     desk.begin(Agreed(0, torch.zeros(4)), offered=False)
@@ -172,7 +188,7 @@ def state(round: int) -> State:
     agreed = Agreed(round, torch.randn(10), {"momentum": torch.randn(10)})
     standing = {"aa" * 10: Standing(mean=12.0, excluded="lied")}
     ledger = Ledger(("ff" * 10,), standing, electorate=("aa" * 10,))
-    return State(agreed, Own({"unsent": torch.randn(10)}), ledger, "hash")
+    return State(agreed, Own({"unsent": torch.randn(10)}), ledger, "hash", included=True)
 
 
 def test_memory_gives_back_what_it_was_given(tmp_path: Path) -> None:
@@ -185,7 +201,7 @@ def test_memory_gives_back_what_it_was_given(tmp_path: Path) -> None:
     found, again = memory.load(), memory.offered(7)
     assert found is not None and again is not None and again.after is not None
     assert (found.agreed.round, found.base, found.electorate) == (7, "hash", ("aa" * 10,))
-    assert found.ledger == kept.ledger
+    assert found.ledger == kept.ledger and found.included
     assert torch.equal(found.agreed.weights, kept.agreed.weights)
     assert torch.equal(found.agreed.outer["momentum"], kept.agreed.outer["momentum"])
     assert torch.equal(found.own.vectors["unsent"], kept.own.vectors["unsent"])

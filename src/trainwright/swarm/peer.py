@@ -197,6 +197,13 @@ class Peer:
             self._memory.keep_offered(offered)
         self._memory.save(duties.state)
 
+    def go_back(self, round: int) -> bool:
+        """Let the trainer be in `round` still, which was over before it began and took in what this
+        peer had offered: its outcome is to be merged, with the agreed state after it as the one
+        before. False if it is not that round which the run has come from.
+        """
+        return self._desk.go_back(round)
+
     @property
     def needed(self) -> bool:
         """Whether others still lack what goes away with this peer, when it ends: over a ring

@@ -63,6 +63,7 @@ class Desk:
         self._changed = threading.Condition()
         self._outcomes: deque[Outcome] = deque()
         self._newest: Agreed | None = None  # once caught up
+        self._begun: Outcome | None = None  # of the round before, if it took this peer in
         self._round = 0  # that the trainer works on
         self._offered = -1  # the last round that this peer offered for
         self._hurry = -1
@@ -105,6 +106,16 @@ class Desk:
             hurry = self._hurry == self._round and steps > 0
             return "contribute" if hurry or steps >= self.inner_steps else "go on"
 
+    def go_back(self, round: int) -> bool:
+        """See `Peer.go_back`."""
+        with self._changed:
+            begun = self._begun
+            if begun is None or begun.round != round:
+                return False
+            self._outcomes.appendleft(begun)
+            self._round = self._offered = round
+            return True
+
     def offer(self, send: Callable[[int], None]) -> bool:
         """Call `send` with the round, if the trainer is not behind and did not offer yet."""
         with self._changed:
@@ -134,9 +145,13 @@ class Desk:
 
     # The peer's side
 
-    def begin(self, agreed: Agreed, offered: bool) -> None:
-        """This peer has caught up; `offered`: it has contributed already, before a crash."""
+    def begin(self, agreed: Agreed, offered: bool, included: bool = False) -> None:
+        """This peer has caught up; `offered`: it has contributed already, before a crash;
+        `included`: it did so in the round before, which took it in.
+        """
         with self._changed:
+            if included:
+                self._begun = Outcome(agreed.round - 1, agreed, agreed, included=True)
             self._newest, self._round = agreed, agreed.round
             self._offered = agreed.round if offered else -1
             self._changed.notify_all()

@@ -224,7 +224,7 @@ class Driver:
     def caught_up(self, offered: bool) -> None:
         """The trainer may begin; `offered`: for this round there is a contribution already."""
         self._caught_up = True
-        self.desk.begin(self.duties.state.agreed, offered)
+        self.desk.begin(self.duties.state.agreed, offered, self.duties.state.included)
         self.changed()
 
     # Cards

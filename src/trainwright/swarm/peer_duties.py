@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -335,12 +336,13 @@ class Duties:
         offered = self.offered or self.memory.offered(round)
         own = before.own
         refused = found.refused.get(self.me)
-        if digest and offered and offered.digest == digest and refused is None:
+        included = bool(digest) and refused is None
+        if included and offered and offered.digest == digest:
             own = offered.after or own
         elif self._local is not None:
             rate = self.terms.rate_of(round)
             own = self.terms.method.missed(before.agreed, own, round, self._local, rate)
-        self.state = State(found.agreed, own, found.ledger, found.base)
+        self.state = State(found.agreed, own, found.ledger, found.base, included)
         self._distrust = self._distrust if decision.failed else -1
         self.log.round(decision, found)
         self.trial = None
@@ -352,7 +354,7 @@ class Duties:
             round,
             before.agreed,
             found.agreed,
-            included=bool(digest) and refused is None,
+            included=included,
             failed=decision.failed,
             reason=refused.reason if refused else "",
         )
@@ -379,7 +381,7 @@ class Duties:
         """The round was over before the trainer's contribution came."""
         state, method = self.state, self.terms.method
         own = method.missed(state.agreed, state.own, round, local, rate)
-        self.state = State(state.agreed, own, state.ledger, state.base)
+        self.state = replace(state, own=own)
 
     def _take_up(self, after: int, front: int, why: str) -> None:
         """Go on from the newest snapshot of a round over `after`, and replay what came since."""

@@ -46,6 +46,7 @@ class State:
     own: Own
     ledger: Ledger
     base: str  # hash of agreed state and ledger
+    included: bool = False  # this peer's contribution, in the last round
     number: int = field(init=False, compare=False, default_factory=itertools.count().__next__)
 
     @property
@@ -96,6 +97,7 @@ class Memory:
         facts = {
             "round": agreed.round,
             "base": state.base,
+            "included": state.included,
             "ledger": state.ledger.to_json(),
             "run": self.run,
         }
@@ -117,7 +119,7 @@ class Memory:
         agreed = Agreed(facts["round"], tensors["weights"], _under("outer.", tensors))
         own = Own(_under("own.", tensors))
         ledger = Ledger.from_json(facts["ledger"])
-        return State(agreed, own, ledger, facts["base"])
+        return State(agreed, own, ledger, facts["base"], facts.get("included", False))
 
     def due(self, what: str) -> bool:
         """Whether enough time went by since the last `state` or `offered` for one of its length."""

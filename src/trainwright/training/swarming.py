@@ -113,7 +113,8 @@ class SwarmHook:
         """Catch up with the run, and take up its weights; the step to go on with.
 
         A checkpoint of the round that the run is in, `saved` after `step`, is gone on from as it
-        was: with what had been `sent` then, and the work that was `offered` with it.
+        was: with what had been `sent` then, and the work that was `offered` with it. So is one of
+        the round before where steps go on during an exchange, which ended only meanwhile.
         """
         agreed = None
         while True:
@@ -125,7 +126,11 @@ class SwarmHook:
         round = self._say(agreed.round if agreed is not None else 0)
         # What was offered after that checkpoint has a part of its change in it already.
         since = self._say(int(self.peer is not None and self.peer.offered and sent is None))
-        if saved is not None and saved.round == round and not since:
+        same = saved is not None and saved.round == round and not since
+        if saved is not None and offered is not None and self.method.delay and not same:
+            back = self.peer is not None and self.peer.go_back(saved.round)
+            same = bool(self._say(int(back)))
+        if saved is not None and same:
             self.place, self.sent, self.offered = saved, sent, offered
             self._see_to_wants(last=step >= self.trainer.total_steps)
         else:
