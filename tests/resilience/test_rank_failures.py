@@ -38,6 +38,7 @@ def test_a_raising_rank_shows_its_own_error_first_and_all_end(tmp_path):
     assert outcome.seconds < LIMIT
 
 
+@pytest.mark.prove
 def test_under_torchrun_the_ranks_watch_each_other(tmp_path):
     outcome = run_with_fault(tmp_path, "stopped", rank=0, step=3, torchrun=True)
     assert outcome.code == 1

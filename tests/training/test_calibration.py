@@ -167,7 +167,7 @@ def test_two_real_processes_measure_and_a_plan_is_predicted(tmp_path, monkeypatc
     assert kernels_for(cluster.pools[0], plan).small_kernels >= 1
 
 
-@pytest.mark.slow
+@pytest.mark.prove
 def test_what_was_measured_before_a_failure_is_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(calibration, "_CPU_WORKERS", (1,))
     points = [Point("elements", "", (6000,)), Point("product", "no such precision", (8, 8, 8))]

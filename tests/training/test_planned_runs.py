@@ -113,6 +113,7 @@ def test_a_plan_that_is_not_the_runs_own_is_refused(tmp_path):
     assert prepared(recipe)[1].plan == plan
 
 
+@pytest.mark.prove
 def test_plans_are_tried_and_the_quickest_is_kept(tmp_path):
     recipe = small_recipe(tmp_path, training={"steps": 30})
     run, choice = prepared(recipe)
