@@ -238,21 +238,9 @@ def train(model: str, rounds: int, lie: str | None, honest: int, seed: int = 0) 
 
 def assigned_loss(peer: ModelPeer, weights: Tensor, round: int) -> float:
     """The loss of weights on what a peer trained on at the end of a round."""
-    from trainwright.training.micro_batches import score_micro_batches, to_tensors
-
-    own = peer.weights()
-    peer.load(weights)
-    peer.model.train(False)
-    total, targets, stop = 0.0, 0, (round + 1) * INNER_STEPS
-    for step in range(stop - SCORED_STEPS, stop):
-        batch = peer.data.train.batch(step, peer.rows)
-        tensors = to_tensors(batch, 0, len(batch.input_ids), peer.model, None)
-        ((sums, _),) = score_micro_batches(peer.model, peer.objective, [tensors])
-        total += float(sums["targets"])
-        targets += batch.weight
-    peer.model.train(True)
-    peer.load(own)
-    return total / targets
+    stop = (round + 1) * INNER_STEPS
+    steps = range(stop - SCORED_STEPS, stop)
+    return peer.loss_on(weights, (peer.data.train.batch(step, peer.rows) for step in steps))
 
 
 def main() -> int:

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
+from trainwright.data.batches import Batch
 from trainwright.recipe.swarm import CodecName
 
 # Vocabulary, shape, and tokens of a run.
@@ -173,18 +175,24 @@ class ModelPeer:
         """Mean held-out loss of some weights over so many rows."""
         import torch
 
+        (held_out,) = self.data.validation.values()
+        # All rows are shuffled once, alike for all: neighbours are of one document.
+        order = torch.randperm(held_out.rows, generator=torch.Generator().manual_seed(0)).tolist()
+        rows_of = order[first : first + rows]
+        return self.loss_on(
+            weights, (held_out.read(rows_of[at : at + 16]) for at in range(0, len(rows_of), 16))
+        )
+
+    def loss_on(self, weights: Any, batches: Iterable[Batch]) -> float:
+        """Mean loss of some weights on these; the model's own stay."""
         from trainwright.training.micro_batches import score_micro_batches, to_tensors
 
         own = self.weights()
         self.load(weights)
         self.model.train(False)
-        (held_out,) = self.data.validation.values()
-        # All rows are shuffled once, alike for all: neighbours are of one document.
-        order = torch.randperm(held_out.rows, generator=torch.Generator().manual_seed(0)).tolist()
         total, targets = 0.0, 0
-        for start in range(first, min(first + rows, held_out.rows), 16):
-            batch = held_out.read(order[start : min(start + 16, first + rows)])
-            tensors = to_tensors(batch, 0, 16, self.model, None)
+        for batch in batches:
+            tensors = to_tensors(batch, 0, len(batch.input_ids), self.model, None)
             ((sums, _),) = score_micro_batches(self.model, self.objective, [tensors])
             total += float(sums["targets"])
             targets += batch.weight

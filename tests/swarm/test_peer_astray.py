@@ -2,6 +2,8 @@
 stop at a bad moment.
 """
 
+# ruff: noqa: F811 (a fixture of another file)
+
 from __future__ import annotations
 
 import threading
@@ -33,21 +35,11 @@ from trainwright.swarm.peer_memory import Memory, State
 from trainwright.swarm.peer_settle import register, settle, write_decision
 from trainwright.swarm.runs import find_run, first_ledger
 
-from .test_peer import Meeting, Training, together, wait_for
+from .test_peer import Meeting, Training, meeting, together, wait_for  # noqa: F401
 from .toy_peer import LAYOUT, RATE, Toy, open_run
 
 LIAR = Identity.from_seed(b"liar" * 8)
 FAR = 1_000_000
-
-
-@pytest.fixture
-def meeting(tmp_path: Path) -> Iterator[Meeting]:
-    found = Meeting(tmp_path)
-    yield found
-    for toy in found.toys:
-        toy.close(leave=False)
-    for transport in found.transports.values():
-        transport.close()
 
 
 class Stranger:

@@ -40,7 +40,6 @@ from trainwright.swarm.peer_settle import Terms
 from trainwright.swarm.peer_shelves import Shelves
 from trainwright.swarm.scores import Evaluate, Score, try_contributions
 from trainwright.swarm.settings import refuse_too_few_bytes
-from trainwright.swarm.transports.store import Store
 from trainwright.swarm.transports.transport import Transport
 
 __all__ = ["Outcome", "Peer", "Status", "Wanted"]
@@ -210,7 +209,7 @@ class Peer:
         objects are with their owners. For half a deadline at most, in which a round is over.
         """
         driver, now = self._driver, time.monotonic()
-        if isinstance(driver.shelves.transport, Store):
+        if driver.shelves.transport.stays:
             return False
         self._ended = self._ended or now
         if now > self._ended + driver.manifest.rules.deadline / 2:

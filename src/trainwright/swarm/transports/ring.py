@@ -74,6 +74,8 @@ def open_ring(url: str, me: str, directory: Path, visit: bool = False) -> Transp
 class Ring:
     """A `Transport` among machines that can dial each other."""
 
+    stays = False
+
     def __init__(self, url: RingUrl, me: str, directory: Path, visit: bool = False) -> None:
         self.me = me
         directory.mkdir(parents=True, exist_ok=True)

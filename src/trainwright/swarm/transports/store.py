@@ -54,6 +54,8 @@ class Backing(Protocol):
 class Store:
     """A `Transport` over a store."""
 
+    stays = True
+
     def __init__(self, backing: Backing, me: str) -> None:
         self.me = checked_peer(me)
         self._backing = backing

@@ -27,6 +27,7 @@ class Transport(Protocol):
     """
 
     me: str
+    stays: bool  # what a peer put, when the peer itself has gone
 
     def put(self, key: str, data: bytes) -> None:
         """Write an object on this peer's own shelf, in the place of the one before."""
