@@ -22,6 +22,8 @@ from trainwright.errors import UserError
 from trainwright.swarm.identity import Identity
 from trainwright.training import swarm_runs
 from trainwright.training.launch import INTERRUPTED
+from trainwright.training.swarm_place import reach
+from trainwright.training.swarm_tokenizer import packed
 
 from .test_swarm import (
     call,
@@ -136,3 +138,24 @@ def test_where_no_run_can_be_started_nothing_is_made(tmp_path, monkeypatch):
         recipe = REPOSITORY / "examples" / "swarm.yaml"
         with pytest.raises(UserError, match=says):
             swarm_runs.start(recipe, url, directory=tmp_path / "own")
+
+
+def test_a_run_that_is_not_there_yet_is_waited_for(tmp_path):
+    """Nor its folder. Without waiting, and after it, the place is refused."""
+    url, own, starter = str(tmp_path / "run"), tmp_path / "own", Identity.new()
+    said: list[str] = []
+
+    def begin(what: str) -> None:
+        said.append(what)
+        transport = open_run(tmp_path / "run", starter.peer)
+        run = begin_run(transport, starter, settings()).run
+        files = {"model.json": b"{}", "tokenizer.json": b"[1]"}
+        transport.put("tokenizer", packed(files, run, starter))
+
+    for wait in (0.0, 0.2):
+        with pytest.raises(UserError, match="no such folder"):
+            reach(url, Identity.new(), own, wait=wait, say=lambda what: None)
+    manifest, tokenizer = reach(url, Identity.new(), own, wait=60, say=begin)
+    assert manifest.starter == starter.peer
+    assert (tokenizer / "tokenizer.json").read_bytes() == b"[1]"
+    assert len(said) == 1 and "no such folder" in said[0] and "up to 60 s" in said[0]

@@ -75,6 +75,9 @@ def join(
     overrides: Overrides = None,
     directory: Directory = None,
     name: Annotated[str, typer.Option(help="What others see of this machine.")] = "",
+    wait: Annotated[
+        float, typer.Option(min=0, help="Seconds to wait for a run that is not there yet.")
+    ] = 0.0,
     verbose: Annotated[bool, typer.Option("--verbose", help="Show traffic inside.")] = False,
 ) -> None:
     """Train with the others until the run ends; the same command goes on after a stop."""
@@ -89,6 +92,7 @@ def join(
                 overrides or [],
                 directory=directory,
                 name=name,
+                wait=wait,
                 verbose=verbose,
                 say=_printer(),
             )
@@ -118,17 +122,14 @@ def status(
     console = Console(highlight=False)
     with _told(url), tempfile.TemporaryDirectory(prefix="trainwright-swarm-") as folder:
         from trainwright.swarm.identity import Identity
-        from trainwright.swarm.runs import find_run
         from trainwright.swarm.status import Watch
         from trainwright.swarm.transports.open import open_transport
         from trainwright.swarm.transports.transport import TransportError
-        from trainwright.training.swarm_file import no_run
+        from trainwright.training.swarm_place import require_run
 
         transport = open_transport(url, Identity.new(), Path(folder), visit=True)
         try:
-            manifest = find_run(transport)
-            if manifest is None:
-                raise no_run(url)
+            manifest = require_run(transport, url)
             look = Watch(transport, manifest)
             look.look()
             # A card that stays as it is for longer than its owner writes one is no sign of life.
@@ -187,7 +188,7 @@ def _told(url: str) -> Iterator[None]:
     """A package of the extra that is missing, or a place that is away, in a sentence."""
     from trainwright.errors import Mistake, UserError
     from trainwright.swarm.transports.transport import TransportError
-    from trainwright.training.swarm_file import away
+    from trainwright.training.swarm_place import away
 
     try:
         yield

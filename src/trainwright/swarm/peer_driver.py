@@ -195,8 +195,11 @@ class Driver:
         # What cannot be seen has not been silent, and is late for no deadline. A call that hangs
         # tells that later than one that fails, for over slow links calls take their time.
         hangs = self.errands.unanswered > self.rounds.nap
-        if self.errands.away > self.heartbeat or hangs:
-            self._note_away("")
+        if self.errands.away > self.heartbeat:
+            self._note_away(self.errands.problem)
+            return
+        if hangs:
+            self._note_away("nothing answers")
             return
         if self._away:
             self._away = False
@@ -209,7 +212,7 @@ class Driver:
     def _note_away(self, why: str) -> None:
         if not self._away:
             self._away = True
-            self.say(f"the run cannot be reached, trying again{': ' if why else ''}{why}")
+            self.say(f"the run cannot be reached, trying again: {why}")
             self.memory.log("away", why=why)
 
     def _is_current(self) -> bool:

@@ -38,6 +38,7 @@ class Errands:
 
     def __init__(self) -> None:
         self._failing: float | None = None  # since when no call of the transport came back
+        self.problem = ""  # why the last call that failed did
         self._asked: dict[Hashable, float] = {}  # small errands under way, and since when
         self._answered = 0.0  # when a call of the transport last came back
         self._lanes = {
@@ -118,8 +119,9 @@ class Errands:
     def _run(self, errand: _Errand) -> None:
         try:
             found = errand.work()
-        except TransportError:
-            self.call(lambda: self._try_again(errand))
+        except TransportError as error:
+            problem = str(error)
+            self.call(lambda: self._try_again(errand, problem))
         except BaseException as error:  # raised again on the peer's thread, which ends by it
             fault = error
             self.call(lambda: _raise(fault))
@@ -133,8 +135,9 @@ class Errands:
         self._under_way.discard(errand.key)
         errand.then(found)
 
-    def _try_again(self, errand: _Errand) -> None:
+    def _try_again(self, errand: _Errand, problem: str) -> None:
         self._failing = self._failing or time.monotonic()
+        self.problem = problem
         self._asked.pop(errand.key, None)
         heapq.heappush(self._later, (time.monotonic() + errand.pause, next(self._order), errand))
         errand.pause = min(2 * errand.pause, _LONGEST_PAUSE)

@@ -54,19 +54,3 @@ def _file(run: RunDirectory) -> Path:
 def own_directory(run: Path) -> Path:
     """What a peer keeps to itself, below its run directory: key, agreed and own state, log."""
     return run / OWN
-
-
-def away(error: Exception, url: str) -> UserError:
-    """The refusal of a place that cannot be reached."""
-    fix = "look up the URL, and try again"
-    if url.startswith("ring:"):
-        fix += " when a machine that it names has joined"
-    return UserError(Mistake(f"the run's place cannot be reached: {error}", fix))
-
-
-def no_run(url: str) -> UserError:
-    """The refusal of a place where nobody has started a run."""
-    fix = "look up the URL again, or start one there: `trainwright swarm start RECIPE --run URL`"
-    if url.startswith("ring:"):
-        fix = "over a ring it is where its peers are: have whoever started it `swarm join` first"
-    return UserError(Mistake("there is no run at this place", fix, where=url))

@@ -35,7 +35,8 @@ from trainwright.training.metrics import MetricsWriter
 from trainwright.training.progress import Progress
 from trainwright.training.run_directory import RunDirectory
 from trainwright.training.step import TrainStep
-from trainwright.training.swarm_file import Joined, away, own_directory
+from trainwright.training.swarm_file import Joined, own_directory
+from trainwright.training.swarm_place import away
 from trainwright.training.swarming import Place, SwarmHook, Work, data_seed
 
 _CACHED_ORDERS = 8

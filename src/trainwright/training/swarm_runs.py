@@ -33,11 +33,10 @@ from trainwright.swarm.manifest import Manifest
 from trainwright.swarm.methods.method import Agreed
 from trainwright.swarm.peer import Peer
 from trainwright.swarm.peer_card import LONGEST
-from trainwright.swarm.runs import find_run, genesis_hash, start_run
+from trainwright.swarm.runs import genesis_hash, start_run
 from trainwright.swarm.scores import Score
 from trainwright.swarm.settings import refuse_too_few_bytes
 from trainwright.swarm.transports.open import open_transport
-from trainwright.swarm.transports.transport import Transport, TransportError
 from trainwright.training.api import RunResult, finish_run
 from trainwright.training.assemble import build_model, what_is_optimised
 from trainwright.training.exporting import export_run
@@ -46,12 +45,12 @@ from trainwright.training.launch import launch_workers
 from trainwright.training.machine import usable_cores
 from trainwright.training.prepare import prepare_run, total_steps
 from trainwright.training.run_directory import RunDirectory, locked, open_run
-from trainwright.training.swarm_file import Joined, no_run, own_directory
+from trainwright.training.swarm_file import Joined, own_directory
 from trainwright.training.swarm_peer import build_peer, method_of, orders, own_identity
+from trainwright.training.swarm_place import reach, require_free
 from trainwright.training.swarm_tokenizer import (
     CONFIG,
     TOKENIZER,
-    fetch_tokenizer,
     packed,
     tokenizer_files,
 )
@@ -91,7 +90,7 @@ def start(
         identity = own_identity(run.path)
         transport = open_transport(url, identity, own_directory(run.path), create=True)
         try:
-            _require_free(transport, url)
+            require_free(transport, url)
             choice = prepare_run(run, read, path.read_text(), say)
             files = tokenizer_files(run)
             read = with_steps(read, total_steps(read, open_data(run.path).train))
@@ -188,26 +187,22 @@ def join(
     *,
     directory: Path | None = None,
     name: str = "",
+    wait: float = 0.0,
     verbose: bool = False,
     say: Say = print,
 ) -> RunResult:
     """Take part in the run at `url` until it ends, with all devices of this machine.
 
     What is kept of it is in `directory`; called again with it, the same peer goes on. `overrides`
-    are of what each machine says for itself, as `parallel.tp=2`. Raises UserError, RunInterrupted
-    or WorkerFailed.
+    are of what each machine says for itself, as `parallel.tp=2`. A run that is not there yet is
+    waited for, up to `wait` seconds. Raises UserError, RunInterrupted or WorkerFailed.
     """
     if not name.isprintable() or len(name) > LONGEST:
         fix = f"give at most {LONGEST} printable characters"
         raise UserError(Mistake(f"{name!r} is no name for a peer", fix, key="--name"))
     directory = apart(url, directory or default_directory(url))
     identity = own_identity(directory)
-    transport = open_transport(url, identity, own_directory(directory))
-    try:
-        manifest = _require_run(transport, url)
-        tokenizer = fetch_tokenizer(transport, manifest, own_directory(directory))
-    finally:
-        transport.close()
+    manifest, tokenizer = reach(url, identity, own_directory(directory), wait=wait, say=say)
     recipe = own_recipe(manifest, tokenizer, directory, overrides)
     joined = Joined(url, manifest.run, name, manifest.settings)
     joined.require(RunDirectory(directory))
@@ -344,12 +339,8 @@ def _visit(
     url: str, directory: Path, overrides: Sequence[str] = ()
 ) -> tuple[RunDirectory, Recipe, Manifest]:
     """A run directory for somebody who does not train, with what is needed to build the model."""
-    transport = open_transport(url, own_identity(directory), own_directory(directory), visit=True)
-    try:
-        manifest = _require_run(transport, url)
-        tokenizer = fetch_tokenizer(transport, manifest, own_directory(directory))
-    finally:
-        transport.close()
+    own = own_directory(directory)
+    manifest, tokenizer = reach(url, own_identity(directory), own, visit=True)
     recipe = own_recipe(manifest, tokenizer, directory, overrides)
     run = open_run(recipe)
     write_atomically(run.resolved, dump_recipe(recipe))
@@ -357,27 +348,6 @@ def _visit(
     config = json.loads((tokenizer.parent / CONFIG).read_text())
     write_json(run.model_config, config)
     return run, recipe, manifest
-
-
-def _require_free(transport: Transport, url: str) -> None:
-    try:
-        found = find_run(transport)
-    except TransportError as error:
-        what = f"no run can be started there: {error}"
-        fix = "look up the URL, and try again"
-        if url.startswith("ring:"):
-            fix = "start it on the machine that the URL names first, at a port that is free there"
-        raise UserError(Mistake(what, fix, where=url)) from error
-    if found is not None:
-        what = "another run was started at this place already"
-        raise UserError(Mistake(what, "join it, or take another URL", where=url))
-
-
-def _require_run(transport: Transport, url: str) -> Manifest:
-    manifest = find_run(transport)
-    if manifest is None:
-        raise no_run(url)
-    return manifest
 
 
 def steps_of(recipe: Recipe) -> int:
