@@ -1,11 +1,12 @@
 """What a swarm's methods cost in loss, at equal tokens, against tuned data parallelism.
 
 Every run is one of `swarm_runs`: all methods see the same tokens in the same order. DDP's learning
-rate is tuned first; of every method the outer learning rate with that rate inside, and then the
-rate inside, for a peer's batch is a fraction of DDP's. A sweep goes on until its best value is not
-at its edge; it is of the first seed, on rows that are not those of the table, and but for DDP's of
-a quarter of the tokens. The published H (30 and more) and outer momentum (0.9) are for runs of tens
-of thousands of steps; here H is 6, and the momentum what did best in short runs.
+rate is tuned first; then of every method the outer learning rate, and the rate inside, for a peer's
+batch is a fraction of DDP's. A sweep goes on until its best value is not at its edge; it is of the
+first seed, on rows that are not those of the table. The published H (30 and more) and outer
+momentum (0.9) are for runs of many thousand steps. Here H is 2: that are 180 rounds, as many as the
+smallest run of the scaling laws has (Charles et al. 2025: 35 M weights, 20 tokens each, H 30). The
+momentum is 0, which did best in short runs. What other H cost is swept, too.
 
     OMP_NUM_THREADS=1 python benchmarks/swarm_loss.py                 # a 1 M and a 4 M model
     python benchmarks/swarm_loss.py --models 1m --methods diloco noloco --tokens 1_000_000
@@ -46,8 +47,8 @@ class Setup:
     start: float
     factor: float
     target: str = ""
-    momentum: float = 0.0  # of the outer step, where the method has one
     inner: float = 1.0  # where the sweep of the rate inside begins, in DDP's
+    momentum: float = 0.0  # of the outer step, where the method has one
     codec: CodecName | None = None  # another one than the method's own; not tuned by itself
 
     @property
@@ -57,12 +58,12 @@ class Setup:
 
 
 SETUPS = (
-    Setup("ddp", 1, 2e-3, 1.4),
-    Setup("diloco", 1, 0.7, 1.4, "≤ DDP", 0.5),
-    Setup("diloco", 2, 1.0, 1.4, "≤ DDP + 2 %", inner=1.4),
-    Setup("diloco", 4, 1.0, 1.4, "≤ DDP + 4 %", inner=2.0),
-    Setup("streaming", 2, 1.0, 1.4, "≤ DiLoCo + 0.5 %", inner=1.4),
-    Setup("sparseloco", 2, 1.4, 1.4, "≤ DiLoCo + 1 %", inner=2.0),
+    Setup("ddp", 1, 4e-3, 1.4),
+    Setup("diloco", 1, 1.0, 1.4, "≤ DDP"),
+    Setup("diloco", 2, 1.0, 1.4, "≤ DDP + 2 %"),
+    Setup("diloco", 4, 1.0, 1.4, "≤ DDP + 4 %", 1.4),
+    Setup("streaming", 2, 1.0, 1.4, "≤ DiLoCo + 0.5 %"),
+    Setup("sparseloco", 2, 1.0, 1.4, "≤ DiLoCo + 1 %", 1.4),
     Setup("demo", 2, 0.25, 2.0),
     Setup("demo", 2, 0.25, 2.0, "= DeMo in bf16", codec="fp32"),  # its release's coefficients
     Setup("distro", 2, 0.25, 2.0),
@@ -170,6 +171,16 @@ def tune(sweeps: Sequence[Sweep], results: Results) -> None:
 
 
 Tuned = dict[tuple[str, Setup], Run]  # by model
+OTHER_STEPS = (1, 3, 6)  # H of runs that show what it costs, with the rates of the table's H
+
+
+def other_steps(tuned: Tuned) -> list[Run]:
+    """DiLoCo's runs of most peers, of the first model and seed, with other H."""
+    runs = [run for run in tuned.values() if run.method == "diloco" and run.peers > 1]
+    if not runs:
+        return []
+    run = max((each for each in runs if each.model == runs[0].model), key=lambda each: each.peers)
+    return [replace(run, inner_steps=steps) for steps in sorted({*OTHER_STEPS, run.inner_steps})]
 
 
 def tuned(
@@ -177,10 +188,10 @@ def tuned(
 ) -> tuple[Tuned, list[Sweep]]:
     """The best run of every setup (of seed 0), and the sweeps that found it.
 
-    Of the first model, in short runs: DDP's learning rate, then the methods' outer ones, and then
-    those inside. The best outer learning rate hangs on M and H and hardly on the size (Charles et
-    al. 2025, figure 7), so all runs have that one, and inside the same multiple of DDP's, which is
-    tuned for each model at its full length.
+    Of the first model: DDP's learning rate, then the methods' outer ones, and then those inside,
+    where a peer's batch is not DDP's. The best outer learning rate hangs on M and H and hardly on
+    the size (Charles et al. 2025, figure 7), so all models have that one, and inside the same
+    multiple of DDP's, which is tuned for each.
     """
     most, first = options.sweep_most, options.models[0]
     own = [setup for setup in setups if setup != DDP and not setup.codec]
@@ -200,15 +211,15 @@ def tuned(
     def ddp(model: str, tokens: int) -> Sweep:
         return Sweep(DDP, run(DDP, model, tokens, DDP.start, 0.0), "rate", DDP.factor, most)
 
-    short = (options.tokens or MODELS[first][2]) // 4
-    base = best([ddp(first, short)])[DDP]
-    starts = {each: run(each, first, short, base.rate * each.inner, each.start) for each in own}
+    length = options.tokens or MODELS[first][2]
+    base = best([ddp(first, length)])[DDP]
+    starts = {each: run(each, first, length, base.rate * each.inner, each.start) for each in own}
     chosen = best([Sweep(each, starts[each], "outer", each.factor, most) for each in own])
-    inside = [each for each in own if each.name not in GRADIENTS]  # there the two rates are one
+    inside = [each for each in own if each.name not in GRADIENTS and each.peers > 1]
     chosen |= best([Sweep(each, chosen[each], "rate", 1.4, most) for each in inside])
     for model in options.models:
         tokens = options.tokens or MODELS[model][2]
-        top = best([ddp(model, tokens)])[DDP]
+        top = base if model == first else best([ddp(model, tokens)])[DDP]
         found[model, DDP] = top
         for each in own:
             rate = top.rate * chosen[each].rate / base.rate
@@ -234,6 +245,11 @@ def report(
     print("| model | tokens | method | which | learning rate: loss |\n|---|---|---|---|---|")
     for sweep in sweeps:
         print(sweep.line(results))
+    for number, run in enumerate(other_steps(tuned)):
+        if number == 0:
+            print(f"\nWhat H costs: {run.model}, DiLoCo, M = {run.peers}, with the same rates:\n")
+            print("| H | held-out loss |\n|---|---|")
+        print(f"| {run.inner_steps} | {results.found[run]['tuning']:.4f} |")
     print(f"\nHeld-out loss on other rows, mean ± sd of {options.seeds} seeds; ", end="")
     print("gaps of equal seeds:\n")
     print(
@@ -349,7 +365,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=[s.name for s in SETUPS], default=USUAL)
     parser.add_argument("--tokens", type=int, help="of a run; default by model")
     parser.add_argument("--rows", type=int, default=ROWS, help="of a step's batch, of all peers")
-    parser.add_argument("--inner-steps", type=int, default=6, help="H of methods that have one")
+    parser.add_argument("--inner-steps", type=int, default=2, help="H of methods that have one")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--sweep-most", type=int, default=4, help="most values of a sweep")
     parser.add_argument("--workers", type=int, default=2, help="runs side by side, a core each")
@@ -364,7 +380,8 @@ def main() -> None:
     results = Results(options.results, options.workers, only_read=options.report)
     setups = [setup for setup in SETUPS if setup.name in {"ddp", *options.methods}]
     best, sweeps = tuned(setups, results, options)
-    results.train(run for each in best.values() for run in of_seeds(each, options.seeds))
+    runs = [run for each in best.values() for run in of_seeds(each, options.seeds)]
+    results.train([*runs, *other_steps(best)])
     report(best, sweeps, results, setups, options)
 
 

@@ -29,7 +29,7 @@ MODELS: dict[str, tuple[int, dict[str, Any], int]] = {
             "num_key_value_heads": 4,
             "tie_word_embeddings": True,
         },
-        2_949_120,
+        1_474_560,
     ),
     "4m": (
         4096,
@@ -41,10 +41,10 @@ MODELS: dict[str, tuple[int, dict[str, Any], int]] = {
             "num_key_value_heads": 4,
             "tie_word_embeddings": True,
         },
-        1_474_560,
+        589_824,
     ),
 }
-SEQUENCE, ROWS = 128, 16
+SEQUENCE, ROWS = 128, 32
 POINTS = 8  # of a curve
 # Held-out rows: for curves and sweeps (the curves' among them), and others for the table.
 CURVE_ROWS, TUNING_ROWS, TEST_ROWS = 64, 256, 512
@@ -66,16 +66,26 @@ class Run:
     momentum: float = 0.0
     codec: CodecName | None = None  # None: the method's own
     rows: int = ROWS  # of a step's batch, of all peers together
+    warmup: float = 0.15  # of the steps: so short a run is hurt by less, whatever its method
 
     @property
     def steps(self) -> int:
         """Whole rounds, and fragments, of every method."""
-        unit = math.lcm(self.inner_steps, 3)
-        return max(1, self.tokens // (SEQUENCE * self.rows) // unit) * unit
+        return max(1, self.tokens // (SEQUENCE * self.rows) // self.unit) * self.unit
+
+    @property
+    def unit(self) -> int:
+        """Steps after which all peers of every method have exchanged everything."""
+        return math.lcm(self.inner_steps, 2, 3)
+
+    @property
+    def fragments(self) -> int:
+        """Of a method that has them: each is exchanged every `inner_steps` steps."""
+        return max(each for each in (1, 2, 3) if self.inner_steps % each == 0)
 
 
 @cache
-def prepared(model: str, seed: int, steps: int, rows: int) -> tuple[Any, Any, Any]:
+def prepared(model: str, seed: int, steps: int, rows: int, warmup: float) -> tuple[Any, Any, Any]:
     """Recipe, data and Hugging Face config of a model."""
     from trainwright.data.prepare import prepare_data
     from trainwright.recipe.schema import Recipe
@@ -94,6 +104,7 @@ def prepared(model: str, seed: int, steps: int, rows: int) -> tuple[Any, Any, An
                 "validation": 0.05,
             },
             "training": {"steps": steps, "batch_sequences": rows},
+            "schedule": {"warmup": warmup},
         }
     )
     data = prepare_data(recipe)
@@ -117,7 +128,9 @@ class ModelPeer:
         from trainwright.training.step import TrainStep
 
         self.run, self.rows = run, rows
-        self.recipe, self.data, hf_config = prepared(run.model, run.seed, run.steps, run.rows)
+        self.recipe, self.data, hf_config = prepared(
+            run.model, run.seed, run.steps, run.rows, run.warmup
+        )
         config = decoder_config(hf_config)
         plan = replace(
             Plan.alone("cpu"),
@@ -214,7 +227,7 @@ def train(run: Run) -> dict[str, Any]:
     share = run.rows // run.peers
     peers = [ModelPeer(run, slice(i * share, (i + 1) * share)) for i in range(run.peers)]
     first = peers[0]
-    unit = math.lcm(run.inner_steps, 3)
+    unit = run.unit
     stops = sorted(
         {unit * round(run.steps / unit * i / POINTS) for i in range(1, POINTS + 1)} - {0}
     )
@@ -223,6 +236,8 @@ def train(run: Run) -> dict[str, Any]:
         settings = replace(DEFAULTS[run.method], outer_learning_rate=run.outer, weight_decay=0.1)
         if settings.inner_steps > 1:
             settings = replace(settings, inner_steps=run.inner_steps)
+        if settings.fragments > 1:
+            settings = replace(settings, fragments=run.fragments)
         settings = replace(settings, outer_momentum=run.momentum)
         if run.codec:
             settings = replace(settings, codec=run.codec)
