@@ -63,7 +63,7 @@ SETUPS = (
     Setup("diloco", 2, 1.0, 1.4, "≤ DDP + 2 %"),
     Setup("diloco", 4, 1.0, 1.4, "≤ DDP + 4 %", 1.4),
     Setup("streaming", 2, 1.0, 1.4, "≤ DiLoCo + 0.5 %"),
-    Setup("sparseloco", 2, 1.0, 1.4, "≤ DiLoCo + 1 %", 1.4),
+    Setup("sparseloco", 2, 2.0, 1.4, "≤ DiLoCo + 1 %", 1.4),
     Setup("demo", 2, 0.25, 2.0),
     Setup("demo", 2, 0.25, 2.0, "= DeMo in bf16", codec="fp32"),  # its release's coefficients
     Setup("distro", 2, 0.25, 2.0),
@@ -215,8 +215,13 @@ def tuned(
     base = best([ddp(first, length)])[DDP]
     starts = {each: run(each, first, length, base.rate * each.inner, each.start) for each in own}
     chosen = best([Sweep(each, starts[each], "outer", each.factor, most) for each in own])
-    inside = [each for each in own if each.name not in GRADIENTS and each.peers > 1]
+    fixed = (*GRADIENTS, "streaming")  # one rate is all there is; as DiLoCo's
+    inside = [each for each in own if each.name not in fixed and each.peers > 1]
     chosen |= best([Sweep(each, chosen[each], "rate", 1.4, most) for each in inside])
+    for each in own:
+        like = next((o for o in own if (o.name, o.peers) == ("diloco", each.peers)), each)
+        if each.name == "streaming":
+            chosen[each] = replace(chosen[each], rate=chosen[like].rate)
     for model in options.models:
         tokens = options.tokens or MODELS[model][2]
         top = base if model == first else best([ddp(model, tokens)])[DDP]

@@ -35,7 +35,8 @@ def reach(
     until, told = time.monotonic() + wait, False
     while True:
         try:
-            with closing(open_transport(url, identity, own, visit=visit)) as transport:
+            # Whoever has to wait is not the starter: a ring's first address is left to that one.
+            with closing(open_transport(url, identity, own, visit=visit or told)) as transport:
                 manifest = require_run(transport, url)
                 return manifest, fetch_tokenizer(transport, manifest, own)
         except (TransportError, UserError) as error:
