@@ -50,11 +50,13 @@ class Setup:
     inner: float = 1.0  # where the sweep of the rate inside begins, in DDP's
     momentum: float = 0.0  # of the outer step, where the method has one
     codec: CodecName | None = None  # another one than the method's own; not tuned by itself
+    delay: int | None = None  # another τ than the method's own
 
     @property
     def label(self) -> str:
         name = f"{self.name} in {self.codec}" if self.codec else self.name
-        return "DDP" if name == "ddp" else f"{name}, M = {self.peers}"
+        delay = "" if self.delay is None else f", τ = {self.delay}"
+        return "DDP" if name == "ddp" else f"{name}, M = {self.peers}{delay}"
 
 
 SETUPS = (
@@ -62,7 +64,8 @@ SETUPS = (
     Setup("diloco", 1, 1.0, 1.4, "≤ DDP"),
     Setup("diloco", 2, 1.0, 1.4, "≤ DDP + 2 %"),
     Setup("diloco", 4, 1.0, 1.4, "≤ DDP + 4 %", 1.4),
-    Setup("streaming", 2, 1.0, 1.4, "≤ DiLoCo + 0.5 %"),
+    Setup("streaming", 2, 1.0, 1.4, "≤ DiLoCo + 0.5 %", delay=0),
+    Setup("streaming", 2, 1.0, 1.4, "≤ DiLoCo + 0.5 %", delay=1),  # half of so small an H
     Setup("sparseloco", 2, 2.0, 1.4, "≤ DiLoCo + 1 %", 1.4),
     Setup("demo", 2, 0.25, 2.0),
     Setup("demo", 2, 0.25, 2.0, "= DeMo in bf16", codec="fp32"),  # its release's coefficients
@@ -206,7 +209,8 @@ def tuned(
     def run(setup: Setup, model: str, tokens: int, rate: float, outer: float) -> Run:
         names = (model, setup.name, setup.peers, options.inner_steps, tokens)
         rate, outer = float(f"{rate:.3g}"), outer if setup != DDP else 0.0
-        return Run(*names, rate, outer, 0, setup.momentum, setup.codec, options.rows)
+        run = Run(*names, rate, outer, 0, setup.momentum, setup.codec, options.rows)
+        return replace(run, delay=setup.delay)
 
     def ddp(model: str, tokens: int) -> Sweep:
         return Sweep(DDP, run(DDP, model, tokens, DDP.start, 0.0), "rate", DDP.factor, most)

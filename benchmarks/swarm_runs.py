@@ -67,6 +67,7 @@ class Run:
     codec: CodecName | None = None  # None: the method's own
     rows: int = ROWS  # of a step's batch, of all peers together
     warmup: float = 0.15  # of the steps: so short a run is hurt by less, whatever its method
+    delay: int | None = None  # streaming's τ; None: the method's own. Without it nothing is mixed
 
     @property
     def steps(self) -> int:
@@ -238,6 +239,9 @@ def train(run: Run) -> dict[str, Any]:
             settings = replace(settings, inner_steps=run.inner_steps)
         if settings.fragments > 1:
             settings = replace(settings, fragments=run.fragments)
+        if run.delay is not None:
+            mixing = settings.mixing if run.delay else 0.0
+            settings = replace(settings, delay=run.delay, mixing=mixing)
         settings = replace(settings, outer_momentum=run.momentum)
         if run.codec:
             settings = replace(settings, codec=run.codec)

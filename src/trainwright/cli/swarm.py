@@ -66,7 +66,7 @@ def start(
     if directory is not None:
         typer.echo(f"This one with:  {join} --directory {shlex.quote(str(directory))}")
     if run.startswith("ring:"):
-        typer.echo("This one joins first: the run is nowhere else yet.")
+        typer.echo("This one joins first (others wait with --wait): the run is nowhere else yet.")
 
 
 @app.command()
