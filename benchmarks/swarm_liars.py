@@ -210,8 +210,9 @@ def train(model: str, rounds: int, lie: str | None, honest: int, seed: int = 0) 
     started = time.perf_counter()
     share = ROWS // 4
     count = honest + (lie is not None)
-    run = Run(model, "sparseloco", count, INNER_STEPS, 0, 4e-3, 1.0, seed, rows=ROWS, warmup=0.03)
-    run = replace(run, tokens=INNER_STEPS * 3 * ROWS * SEQUENCE * -(-rounds // 3))
+    run = Run(model, "sparseloco", count, INNER_STEPS, 0, 4e-3, 1.0, seed, rows=ROWS)
+    tokens = INNER_STEPS * 3 * ROWS * SEQUENCE * -(-rounds // 3)
+    run = replace(run, tokens=tokens, warmup=0.03, final=0.1)
     identities = [Identity.from_seed(bytes([index]) * 32) for index in range(count)]
     peers = {
         identity.peer: ModelPeer(run, slice(index * share, (index + 1) * share))

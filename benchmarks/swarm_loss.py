@@ -1,12 +1,13 @@
 """What a swarm's methods cost in loss, at equal tokens, against tuned data parallelism.
 
 Every run is one of `swarm_runs`: all methods see the same tokens in the same order. DDP's learning
-rate is tuned first; then of every method the outer learning rate, and the rate inside, for a peer's
-batch is a fraction of DDP's. A sweep goes on until its best value is not at its edge; it is of the
-first seed, on rows that are not those of the table. The published H (30 and more) and outer
-momentum (0.9) are for runs of many thousand steps. Here H is 2: that are 180 rounds, as many as the
-smallest run of the scaling laws has (Charles et al. 2025: 35 M weights, 20 tokens each, H 30). The
-momentum is 0, which did best in short runs. What other H cost is swept, too.
+rate is tuned first, and the share of it that is left in the end; then of every method the outer
+learning rate, and the rate inside, for a peer's batch is a fraction of DDP's. A sweep goes on until
+its best value is not at its edge; it is of the first seed, on rows that are not those of the table.
+The published H (30 and more) and outer momentum (0.9) are for runs of many thousand steps. Here H
+is 2: that are 180 rounds, as many as the smallest run of the scaling laws has (Charles et al. 2025:
+35 M weights, 20 tokens each, H 30). The momentum is 0, which did best in short runs. What other H
+cost is shown, too.
 
     OMP_NUM_THREADS=1 python benchmarks/swarm_loss.py                 # a 1 M and a 4 M model
     python benchmarks/swarm_loss.py --models 1m --methods diloco noloco --tokens 1_000_000
@@ -34,6 +35,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to be run as a file, too
 
+from benchmarks.swarm_loss_plot import plot
 from benchmarks.swarm_runs import GRADIENTS, MODELS, ROWS, SEQUENCE, Run, train
 from trainwright.recipe.swarm import CodecName
 
@@ -114,7 +116,9 @@ class Results:
 
 
 class Sweep:
-    """The tuning of one setup of one model: of `base`'s `rate` (inner) or `outer` learning rate."""
+    """The tuning of one setup of one model along an axis of `base`: its `rate` (inside), its
+    `outer` learning rate, or the `final` share of the rate inside.
+    """
 
     def __init__(self, setup: Setup, base: Run, axis: str, factor: float, most: int) -> None:
         self.setup, self.base, self.axis, self.factor, self.most = setup, base, axis, factor, most
@@ -128,9 +132,12 @@ class Sweep:
     def run(self, value: float) -> Run:
         """A run of this setup with that learning rate."""
         value = float(f"{value:.3g}")
-        if self.axis == "rate":
-            return replace(self.base, rate=value)
-        return replace(self.base, outer=value)
+        axes: dict[str, Run] = {
+            "rate": replace(self.base, rate=value),
+            "outer": replace(self.base, outer=value),
+            "final": replace(self.base, final=value),
+        }
+        return axes[self.axis]
 
     def losses(self, results: Results) -> dict[float, float]:
         """What was found, by learning rate."""
@@ -160,7 +167,7 @@ class Sweep:
             f"**{value:.3g}: {loss:.4f}**" if value == best else f"{value:.3g}: {loss:.4f}"
             for value, loss in self.losses(results).items()
         )
-        what = "outer" if self.axis == "outer" else "inner"
+        what = {"rate": "inner", "outer": "outer", "final": "final share"}[self.axis]
         tokens = f"{self.base.tokens:,}"
         return f"| {self.model} | {tokens} | {self.setup.label} | {what} | {listed} |"
 
@@ -191,10 +198,10 @@ def tuned(
 ) -> tuple[Tuned, list[Sweep]]:
     """The best run of every setup (of seed 0), and the sweeps that found it.
 
-    Of the first model: DDP's learning rate, then the methods' outer ones, and then those inside,
-    where a peer's batch is not DDP's. The best outer learning rate hangs on M and H and hardly on
-    the size (Charles et al. 2025, figure 7), so all models have that one, and inside the same
-    multiple of DDP's, which is tuned for each.
+    Of the first model: DDP's learning rate and where it ends, then the methods' outer ones, and
+    then those inside, where a peer's batch is not DDP's. The best outer learning rate hangs on M
+    and H and hardly on the size (Charles et al. 2025, figure 7), so all models have that one, and
+    inside the same multiple of DDP's, which is tuned for each.
     """
     most, first = options.sweep_most, options.models[0]
     own = [setup for setup in setups if setup != DDP and not setup.codec]
@@ -210,13 +217,15 @@ def tuned(
         names = (model, setup.name, setup.peers, options.inner_steps, tokens)
         rate, outer = float(f"{rate:.3g}"), outer if setup != DDP else 0.0
         run = Run(*names, rate, outer, 0, setup.momentum, setup.codec, options.rows)
-        return replace(run, delay=setup.delay)
+        return replace(run, delay=setup.delay, final=final)
 
     def ddp(model: str, tokens: int) -> Sweep:
         return Sweep(DDP, run(DDP, model, tokens, DDP.start, 0.0), "rate", DDP.factor, most)
 
-    length = options.tokens or MODELS[first][2]
+    length, final = options.tokens or MODELS[first][2], Run.final
     base = best([ddp(first, length)])[DDP]
+    base = best([Sweep(DDP, base, "final", 2.0, most)])[DDP]
+    final = base.final  # of all runs from here on
     starts = {each: run(each, first, length, base.rate * each.inner, each.start) for each in own}
     chosen = best([Sweep(each, starts[each], "outer", each.factor, most) for each in own])
     fixed = (*GRADIENTS, "streaming")  # one rate is all there is; as DiLoCo's
@@ -289,7 +298,9 @@ def report(
                 f"| {setup.target or '–'} | {one['bytes'] / 1e6:,.2f} MB |"
             )
         if len(found) > 1:
-            plot(options.plot.with_stem(f"{options.plot.stem}-{model}"), model, found)
+            file = options.plot.with_stem(f"{options.plot.stem}-{model}")
+            plot(file, model, {setup.label: runs for setup, runs in found.items()})
+            print(f"(plot: {file})", flush=True)
     seconds = sum(each["seconds"] for each in results.found.values())
     print(f"\n{len(results.found)} runs, {seconds / 60:,.0f} minutes of one core.")
 
@@ -309,62 +320,6 @@ def gap(runs: Sequence[dict], others: Sequence[dict]) -> str:
     """How much the loss is above others', seed by seed."""
     ratios = [run["loss"] / other["loss"] for run, other in zip(runs, others, strict=True)]
     return spread_of([100 * (ratio - 1) for ratio in ratios], "+.2f", " %")
-
-
-def plot(file: Path, model: str, found: dict[Setup, list[dict]]) -> None:
-    """An SVG of each method's loss above DDP's, in percent, over the tokens seen."""
-    from trainwright.report.plots import Line, line_chart
-
-    colours = (
-        "#4269d0",
-        "#efb118",
-        "#ff725c",
-        "#3ca951",
-        "#a463f2",
-        "#6cc5b0",
-        "#97bbf5",
-        "#9c6b4e",
-        "#9498a0",
-    )
-    ddp = found[DDP]
-    others = {setup: runs for setup, runs in found.items() if setup != DDP}
-    lines = []
-    for number, (setup, runs) in enumerate(others.items()):
-        tokens = [point[0] / 1000 for point in runs[0]["curve"]]
-        above = [
-            100
-            * statistics.mean(
-                run["curve"][place][1] / base["curve"][place][1] - 1
-                for run, base in zip(runs, ddp, strict=True)
-            )
-            for place in range(len(tokens))
-        ]
-        lines.append(Line(setup.label, tokens, above, "points", number))
-    drawing = line_chart(
-        lines,
-        x_title="thousand tokens",
-        y_title=f"{model}: held-out loss above DDP (%)",
-        width=760,
-        height=380,
-    )
-    # The page's style sheet has five colours, and there is no page: each series gets its own here.
-    legend: list[str] = []
-    at = -1
-    for colour, line in zip(colours, lines, strict=False):
-        at = drawing.index('class="line', at + 1)
-        drawing = drawing[:at] + f'style="stroke:{colour}" ' + drawing[at:]
-        at += len(colour) + 20
-        y = 24 + 16 * len(legend)
-        legend.append(f'<text x="770" y="{y}" style="fill:{colour}">{line.label}</text>')
-    style = (
-        "<style>text{font:12px sans-serif;fill:#333}.grid{stroke:#ddd}.axis{stroke:#333}"
-        ".line{fill:none;stroke-width:2}.dot{display:none}.at{display:none}</style>"
-        '<rect width="100%" height="100%" fill="white"/>'
-    )
-    head, rest = drawing.replace("0 0 760 380", "0 0 900 380").split(">", 1)  # room for names
-    head += ' xmlns="http://www.w3.org/2000/svg"'
-    file.write_text(f"{head}>{style}{rest[: rest.rindex('</svg>')]}{''.join(legend)}</svg>\n")
-    print(f"(plot: {file})", flush=True)
 
 
 def main() -> None:

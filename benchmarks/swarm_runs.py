@@ -67,6 +67,7 @@ class Run:
     codec: CodecName | None = None  # None: the method's own
     rows: int = ROWS  # of a step's batch, of all peers together
     warmup: float = 0.15  # of the steps: so short a run is hurt by less, whatever its method
+    final: float = 0.3  # the last learning rate as a share of the peak
     delay: int | None = None  # streaming's τ; None: the method's own. Without it nothing is mixed
 
     @property
@@ -86,7 +87,9 @@ class Run:
 
 
 @cache
-def prepared(model: str, seed: int, steps: int, rows: int, warmup: float) -> tuple[Any, Any, Any]:
+def prepared(
+    model: str, seed: int, steps: int, rows: int, schedule: tuple[float, float]
+) -> tuple[Any, Any, Any]:
     """Recipe, data and Hugging Face config of a model."""
     from trainwright.data.prepare import prepare_data
     from trainwright.recipe.schema import Recipe
@@ -105,7 +108,7 @@ def prepared(model: str, seed: int, steps: int, rows: int, warmup: float) -> tup
                 "validation": 0.05,
             },
             "training": {"steps": steps, "batch_sequences": rows},
-            "schedule": {"warmup": warmup},
+            "schedule": dict(zip(("warmup", "final"), schedule, strict=True)),
         }
     )
     data = prepare_data(recipe)
@@ -130,7 +133,7 @@ class ModelPeer:
 
         self.run, self.rows = run, rows
         self.recipe, self.data, hf_config = prepared(
-            run.model, run.seed, run.steps, run.rows, run.warmup
+            run.model, run.seed, run.steps, run.rows, (run.warmup, run.final)
         )
         config = decoder_config(hf_config)
         plan = replace(
