@@ -53,12 +53,14 @@ class Setup:
     momentum: float = 0.0  # of the outer step, where the method has one
     codec: CodecName | None = None  # another one than the method's own; not tuned by itself
     delay: int | None = None  # another τ than the method's own
+    density: float | None = None  # another than the method's own
 
     @property
     def label(self) -> str:
         name = f"{self.name} in {self.codec}" if self.codec else self.name
-        delay = "" if self.delay is None else f", τ = {self.delay}"
-        return "DDP" if name == "ddp" else f"{name}, M = {self.peers}{delay}"
+        own = "" if self.delay is None else f", τ = {self.delay}"
+        own += "" if self.density is None else f", density 1/{1 / self.density:g}"
+        return "DDP" if name == "ddp" else f"{name}, M = {self.peers}{own}"
 
 
 SETUPS = (
@@ -153,7 +155,10 @@ class Sweep:
         best, factor = self._best(results), self.factor
         if len(self.values) >= self.most or min(self.values) < best < max(self.values):
             return False
-        self.values.append(best * factor if best == max(self.values) else best / factor)
+        value = best * factor if best == max(self.values) else best / factor
+        if self.axis == "final" and value > 1:
+            return False  # the rate would grow again
+        self.values.append(value)
         return True
 
     def _best(self, results: Results) -> float:
@@ -217,14 +222,14 @@ def tuned(
         names = (model, setup.name, setup.peers, options.inner_steps, tokens)
         rate, outer = float(f"{rate:.3g}"), outer if setup != DDP else 0.0
         run = Run(*names, rate, outer, 0, setup.momentum, setup.codec, options.rows)
-        return replace(run, delay=setup.delay, final=final)
+        return replace(run, delay=setup.delay, density=setup.density, final=final)
 
     def ddp(model: str, tokens: int) -> Sweep:
         return Sweep(DDP, run(DDP, model, tokens, DDP.start, 0.0), "rate", DDP.factor, most)
 
     length, final = options.tokens or MODELS[first][2], Run.final
     base = best([ddp(first, length)])[DDP]
-    base = best([Sweep(DDP, base, "final", 2.0, most)])[DDP]
+    base = best([Sweep(DDP, base, "final", 1 / 0.6, most)])[DDP]
     final = base.final  # of all runs from here on
     starts = {each: run(each, first, length, base.rate * each.inner, each.start) for each in own}
     chosen = best([Sweep(each, starts[each], "outer", each.factor, most) for each in own])

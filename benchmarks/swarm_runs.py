@@ -67,8 +67,9 @@ class Run:
     codec: CodecName | None = None  # None: the method's own
     rows: int = ROWS  # of a step's batch, of all peers together
     warmup: float = 0.15  # of the steps: so short a run is hurt by less, whatever its method
-    final: float = 0.3  # the last learning rate as a share of the peak
+    final: float = 0.6  # the last learning rate as a share of the peak
     delay: int | None = None  # streaming's τ; None: the method's own. Without it nothing is mixed
+    density: float | None = None  # of a sparse codec; None: the method's own
 
     @property
     def steps(self) -> int:
@@ -245,6 +246,8 @@ def train(run: Run) -> dict[str, Any]:
         if run.delay is not None:
             mixing = settings.mixing if run.delay else 0.0
             settings = replace(settings, delay=run.delay, mixing=mixing)
+        if run.density is not None:
+            settings = replace(settings, density=run.density)
         settings = replace(settings, outer_momentum=run.momentum)
         if run.codec:
             settings = replace(settings, codec=run.codec)
