@@ -9,6 +9,8 @@ from tests.parallel.layouts import Case, plan
 from tests.workers import run_on
 from trainwright.kernels import dropout as kernel
 
+pytestmark = pytest.mark.slow
+
 CASE = Case(training={"dropout": 0.25})
 PLANS = {
     "micro-batches": plan(micro_batch=1, dp_replicate=4),

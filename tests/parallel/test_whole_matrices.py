@@ -9,6 +9,8 @@ from tests.parallel.layouts import Case, plan
 from tests.workers import run_on
 from trainwright.parallel.whole_matrices import WholePieces
 
+pytestmark = pytest.mark.slow
+
 PLANS = {
     "tensor and shards": ("llama", plan(tp=2, dp_shard=2)),
     "tensor and replicas": ("llama", plan(tp=2, dp_replicate=2)),

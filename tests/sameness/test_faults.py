@@ -11,6 +11,8 @@ from trainwright.training import sameness
 from trainwright.training.sameness import Outcome
 from trainwright.training.shrink import SEQUENCE
 
+pytestmark = pytest.mark.slow
+
 STEPS = 2  # a fault shows in the first step's gradients, or after the first update
 TIED = ("llama", {"tie_word_embeddings": True}, {})
 MIXTURE = ("mixtral", {"num_local_experts": 8}, {"router_balance_loss": 0.01})

@@ -14,6 +14,8 @@ from trainwright.data.prepare import open_data
 from trainwright.optim.schedules import learning_rate
 from trainwright.training.metrics import read_metrics
 
+pytestmark = pytest.mark.slow
+
 VARIANTS = {
     "2 x 4 accumulated": (1, {"parallel": {"micro_batch": 4}}),
     "8 x 1 accumulated": (1, {"parallel": {"micro_batch": 1}}),

@@ -18,6 +18,8 @@ pytest.importorskip("lm_eval")
 from trainwright.training.harness import HarnessModel, run_harness
 from trainwright.training.harness_tasks import find_tasks
 
+pytestmark = pytest.mark.slow
+
 DATA = """
 dataset_path: json
 dataset_kwargs: {data_files: {test: FOLDER/sums.jsonl}}

@@ -18,6 +18,8 @@ import torch
 from tests.training.runs import write_recipe
 from trainwright.checkpoint.store import CheckpointStore
 
+pytestmark = pytest.mark.slow
+
 COMMAND = [sys.executable, "-m", "trainwright"]
 
 
