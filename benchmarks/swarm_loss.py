@@ -71,6 +71,7 @@ SETUPS = (
     Setup("streaming", 2, 1.0, 1.4, "≤ DiLoCo + 0.5 %", delay=0),
     Setup("streaming", 2, 1.0, 1.4, "≤ DiLoCo + 0.5 %", delay=1),  # half of so small an H
     Setup("sparseloco", 2, 2.0, 1.4, "≤ DiLoCo + 1 %", 1.4),
+    Setup("sparseloco", 2, 1.0, 1.4, "≤ DiLoCo + 1 %", 1.4, density=1 / 16),
     Setup("demo", 2, 0.25, 2.0),
     Setup("demo", 2, 0.25, 2.0, "= DeMo in bf16", codec="fp32"),  # its release's coefficients
     Setup("distro", 2, 0.25, 2.0),
@@ -134,12 +135,7 @@ class Sweep:
     def run(self, value: float) -> Run:
         """A run of this setup with that learning rate."""
         value = float(f"{value:.3g}")
-        axes: dict[str, Run] = {
-            "rate": replace(self.base, rate=value),
-            "outer": replace(self.base, outer=value),
-            "final": replace(self.base, final=value),
-        }
-        return axes[self.axis]
+        return replace(self.base, **{self.axis: value})  # type: ignore[arg-type]
 
     def losses(self, results: Results) -> dict[float, float]:
         """What was found, by learning rate."""

@@ -391,6 +391,8 @@ def test_store_that_is_away_costs_no_round(meeting: Meeting) -> None:
         (meeting.root / "away").rename(run)
         before = toys[0].peer.round
         training.until(lambda: min(toy.peer.round for toy in toys) >= before + 3)
+    why = [line for line in meeting.said if "cannot be reached" in line]
+    assert all(str(run) in line for line in why), why
     assert agree(meeting, 0, 1) >= before + 2
     assert all(peers for _, peers in meeting.history(0).values())
 

@@ -155,6 +155,8 @@ def test_a_run_that_is_not_there_yet_is_waited_for(tmp_path):
     for wait in (0.0, 0.2):
         with pytest.raises(UserError, match="no such folder"):
             reach(url, Identity.new(), own, wait=wait, say=lambda what: None)
+    with pytest.raises(UserError, match="a run cannot be at"):  # and never will
+        reach("http://host/run", Identity.new(), own, wait=60, say=pytest.fail)
     manifest, tokenizer = reach(url, Identity.new(), own, wait=60, say=begin)
     assert manifest.starter == starter.peer
     assert (tokenizer / "tokenizer.json").read_bytes() == b"[1]"

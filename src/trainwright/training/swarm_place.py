@@ -12,7 +12,7 @@ from trainwright.swarm.identity import Identity
 from trainwright.swarm.manifest import Manifest
 from trainwright.swarm.runs import find_run
 from trainwright.swarm.transports.open import open_transport
-from trainwright.swarm.transports.transport import Transport, TransportError
+from trainwright.swarm.transports.transport import AbsentError, Transport, TransportError
 from trainwright.training.swarm_tokenizer import fetch_tokenizer
 
 _PAUSE = 1.0  # seconds between two looks
@@ -29,8 +29,8 @@ def reach(
 ) -> tuple[Manifest, Path]:
     """The manifest and the tokenizer of the run at `url`; what is fetched is kept below `own`.
 
-    A run that is not there, or out of reach, is looked for again for `wait` seconds. Raises
-    UserError or TransportError after that.
+    A run that is not there, or out of reach, is looked for again for `wait` seconds, and then
+    AbsentError or TransportError is raised. What waiting would not mend raises UserError at once.
     """
     until, told = time.monotonic() + wait, False
     while True:
@@ -39,28 +39,24 @@ def reach(
             with closing(open_transport(url, identity, own, visit=visit or told)) as transport:
                 manifest = require_run(transport, url)
                 return manifest, fetch_tokenizer(transport, manifest, own)
-        except (TransportError, UserError) as error:
+        except (TransportError, AbsentError) as error:
             if time.monotonic() >= until:
                 raise
             if not told:
-                problem = error if isinstance(error, UserError) else away(error, url)
+                problem = error if isinstance(error, AbsentError) else away(error, url)
                 say(f"{problem}\nwaiting for it, up to {wait:g} s")
                 told = True
         time.sleep(min(_PAUSE, max(0.0, until - time.monotonic())))
 
 
 def require_run(transport: Transport, url: str) -> Manifest:
-    """The manifest of the run at that place. Raises UserError where there is none."""
+    """The manifest of the run at that place. Raises AbsentError where there is none."""
     manifest = find_run(transport)
     if manifest is None:
-        fix = (
-            "look up the URL again, or start one there: `trainwright swarm start RECIPE --run URL`"
-        )
+        fix = "look up the URL, or start one there: `trainwright swarm start RECIPE --run URL`"
         if url.startswith("ring:"):
-            fix = (
-                "over a ring it is where its peers are: have whoever started it `swarm join` first"
-            )
-        raise UserError(Mistake("there is no run at this place", fix, where=url))
+            fix = "over a ring it is where its peers are: have its starter `swarm join` first"
+        raise AbsentError(Mistake("there is no run at this place", fix, where=url))
     return manifest
 
 

@@ -9,7 +9,7 @@ from trainwright.errors import Mistake, UserError
 from trainwright.swarm.identity import Identity
 from trainwright.swarm.transports.folder import Folder
 from trainwright.swarm.transports.store import Store
-from trainwright.swarm.transports.transport import Transport
+from trainwright.swarm.transports.transport import AbsentError, Transport
 
 _FORMS = "a folder (/mnt/disk/run), s3://bucket/run, gs://bucket/run, az://… or ring://host:port"
 
@@ -46,5 +46,5 @@ def _folder(url: str, create: bool) -> Path:
     if not path.is_dir():
         what = "there is no such folder"
         fix = "mount it, or look up the URL again; `swarm start` makes the folder of a new run"
-        raise UserError(Mistake(what, fix, where=str(path)))
+        raise AbsentError(Mistake(what, fix, where=str(path)))
     return path

@@ -5,6 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from trainwright.errors import UserError
+
+
+class AbsentError(UserError):
+    """There is nothing at a run's place yet, as far as can be seen: no folder, or no run."""
+
 
 class TransportError(Exception):
     """Not to be reached just now (a store away, a link down): whoever asks may ask again."""
