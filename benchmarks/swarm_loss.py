@@ -6,8 +6,8 @@ learning rate, and the rate inside, for a peer's batch is a fraction of DDP's. A
 its best value is not at its edge; it is of the first seed, on rows that are not those of the table.
 The published H (30 and more) and outer momentum (0.9) are for runs of many thousand steps. Here H
 is 2: that are 180 rounds, as many as the smallest run of the scaling laws has (Charles et al. 2025:
-35 M weights, 20 tokens each, H 30). The momentum is 0, which did best in short runs. What other H
-cost is shown, too.
+35 M weights, 20 tokens each, H 30). The momentum is 0, which did best in short runs. τ is 0, for
+one step is half of that H already. What other H, τ and densities cost is shown, too, of one seed.
 
     OMP_NUM_THREADS=1 python benchmarks/swarm_loss.py                 # a 1 M and a 4 M model
     python benchmarks/swarm_loss.py --models 1m --methods diloco noloco --tokens 1_000_000
@@ -53,13 +53,11 @@ class Setup:
     momentum: float = 0.0  # of the outer step, where the method has one
     codec: CodecName | None = None  # another one than the method's own; not tuned by itself
     delay: int | None = None  # another τ than the method's own
-    density: float | None = None  # another than the method's own
 
     @property
     def label(self) -> str:
         name = f"{self.name} in {self.codec}" if self.codec else self.name
         own = "" if self.delay is None else f", τ = {self.delay}"
-        own += "" if self.density is None else f", density 1/{1 / self.density:g}"
         return "DDP" if name == "ddp" else f"{name}, M = {self.peers}{own}"
 
 
@@ -69,9 +67,7 @@ SETUPS = (
     Setup("diloco", 2, 1.0, 1.4, "≤ DDP + 2 %"),
     Setup("diloco", 4, 1.0, 1.4, "≤ DDP + 4 %", 1.4),
     Setup("streaming", 2, 1.0, 1.4, "≤ DiLoCo + 0.5 %", delay=0),
-    Setup("streaming", 2, 1.0, 1.4, "≤ DiLoCo + 0.5 %", delay=1),  # half of so small an H
     Setup("sparseloco", 2, 2.0, 1.4, "≤ DiLoCo + 1 %", 1.4),
-    Setup("sparseloco", 2, 1.0, 1.4, "≤ DiLoCo + 1 %", 1.4, density=1 / 16),
     Setup("demo", 2, 0.25, 2.0),
     Setup("demo", 2, 0.25, 2.0, "= DeMo in bf16", codec="fp32"),  # its release's coefficients
     Setup("distro", 2, 0.25, 2.0),
@@ -182,16 +178,27 @@ def tune(sweeps: Sequence[Sweep], results: Results) -> None:
 
 
 Tuned = dict[tuple[str, Setup], Run]  # by model
-OTHER_STEPS = (1, 3, 6)  # H of runs that show what it costs, with the rates of the table's H
+Change = dict[str, float]  # of fields of a run
+
+# What is changed in a tuned run, by method and peers; a lower density goes with a higher rate.
+VARIATIONS: dict[tuple[str, int], tuple[Change, ...]] = {
+    ("diloco", 2): ({"inner_steps": 6},),
+    ("diloco", 4): ({"inner_steps": 1}, {"inner_steps": 3}, {"inner_steps": 6}),
+    ("streaming", 2): ({"delay": 1}, {"inner_steps": 6, "delay": 1}),
+    ("sparseloco", 2): ({"density": 1 / 16, "outer": 1.0}, {"density": 1 / 4, "outer": 1.0}),
+}
+SHOWN = {"inner_steps": "H", "delay": "τ", "density": "density", "outer": "outer rate"}
 
 
-def other_steps(tuned: Tuned) -> list[Run]:
-    """DiLoCo's runs of most peers, of the first model and seed, with other H."""
-    runs = [run for run in tuned.values() if run.method == "diloco" and run.peers > 1]
-    if not runs:
-        return []
-    run = max((each for each in runs if each.model == runs[0].model), key=lambda each: each.peers)
-    return [replace(run, inner_steps=steps) for steps in sorted({*OTHER_STEPS, run.inner_steps})]
+def variations(tuned: Tuned, model: str) -> list[tuple[Setup, Change, Run]]:
+    """Every changed run of a model's first seed, after the tuned one that it comes from."""
+    found: list[tuple[Setup, Change, Run]] = []
+    for (of, setup), run in tuned.items():
+        changes = VARIATIONS.get((setup.name, setup.peers), ()) if of == model else ()
+        if changes:
+            found.append((setup, {}, run))
+        found += [(setup, each, replace(run, **each)) for each in changes]  # type: ignore[arg-type]
+    return found
 
 
 def tuned(
@@ -218,7 +225,7 @@ def tuned(
         names = (model, setup.name, setup.peers, options.inner_steps, tokens)
         rate, outer = float(f"{rate:.3g}"), outer if setup != DDP else 0.0
         run = Run(*names, rate, outer, 0, setup.momentum, setup.codec, options.rows)
-        return replace(run, delay=setup.delay, density=setup.density, final=final)
+        return replace(run, delay=setup.delay, final=final)
 
     def ddp(model: str, tokens: int) -> Sweep:
         return Sweep(DDP, run(DDP, model, tokens, DDP.start, 0.0), "rate", DDP.factor, most)
@@ -264,11 +271,19 @@ def report(
     print("| model | tokens | method | which | learning rate: loss |\n|---|---|---|---|---|")
     for sweep in sweeps:
         print(sweep.line(results))
-    for number, run in enumerate(other_steps(tuned)):
-        if number == 0:
-            print(f"\nWhat H costs: {run.model}, DiLoCo, M = {run.peers}, with the same rates:\n")
-            print("| H | held-out loss |\n|---|---|")
-        print(f"| {run.inner_steps} | {results.found[run]['tuning']:.4f} |")
+    varied = variations(tuned, options.models[0])
+    if varied:
+        print(
+            f"\nWith other settings, at the same rates: {options.models[0]}, held-out loss ", end=""
+        )
+        print("of one seed:\n\n| method | changed | loss | |\n|---|---|---|---|")
+    for setup, change, run in varied:
+        loss = results.found[run]["tuning"]
+        what = ", ".join(f"{SHOWN[name]} {fraction(value)}" for name, value in change.items())
+        if not change:
+            usual = loss
+        above = f"{100 * (loss / usual - 1):+.1f} %" if change else ""
+        print(f"| {setup.label} | {what or '–'} | {loss:.4f} | {above} |")
     print(f"\nHeld-out loss on other rows, mean ± sd of {options.seeds} seeds; ", end="")
     print("gaps of equal seeds:\n")
     print(
@@ -304,6 +319,11 @@ def report(
             print(f"(plot: {file})", flush=True)
     seconds = sum(each["seconds"] for each in results.found.values())
     print(f"\n{len(results.found)} runs, {seconds / 60:,.0f} minutes of one core.")
+
+
+def fraction(value: float) -> str:
+    """A number, or 1/n."""
+    return f"{value:g}" if value >= 1 else f"1/{1 / value:g}"
 
 
 def of_seeds(run: Run, seeds: int) -> list[Run]:
@@ -346,7 +366,7 @@ def main() -> None:
     setups = [setup for setup in SETUPS if setup.name in {"ddp", *options.methods}]
     best, sweeps = tuned(setups, results, options)
     runs = [run for each in best.values() for run in of_seeds(each, options.seeds)]
-    results.train([*runs, *other_steps(best)])
+    results.train([*runs, *(run for *_, run in variations(best, options.models[0]))])
     report(best, sweeps, results, setups, options)
 
 
