@@ -352,7 +352,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=ROWS, help="of a step's batch, of all peers")
     parser.add_argument("--inner-steps", type=int, default=2, help="H of methods that have one")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--sweep-most", type=int, default=4, help="most values of a sweep")
+    parser.add_argument("--sweep-most", type=int, default=5, help="most values of a sweep")
     parser.add_argument("--workers", type=int, default=2, help="runs side by side, a core each")
     parser.add_argument("--report", action="store_true", help="train nothing more")
     parser.add_argument("--results", type=Path, default=Path("swarm_loss.jsonl"))

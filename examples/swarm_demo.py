@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+
+import psutil
 
 HERE = Path(__file__).parent
 NAMES = ("anna", "ben", "carl")
@@ -31,7 +33,7 @@ def trainwright(*arguments: str | Path) -> list[str]:
 
 
 def started(command: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
-    """A process with a group of its own, so that it can be killed with all that it started."""
+    """A process that Ctrl-C does not reach: what it started is ended with it, by `kill`."""
     with log.open("wb") as file:
         return subprocess.Popen(
             command,
@@ -45,7 +47,10 @@ def started(command: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
 def kill(process: subprocess.Popen[bytes]) -> None:
     """A peer and its workers, at once and without a word."""
     if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
+        peer = psutil.Process(process.pid)
+        for each in [peer, *peer.children(recursive=True)]:
+            with suppress(psutil.NoSuchProcess):
+                each.kill()
         process.wait()
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +24,7 @@ def watched(logs: Path, limits: Limits | None = None) -> Iterator[None]:
 
     Enter it before the process group is joined. An error that leaves the block is written among
     the logs, if that folder is there, and to standard error with the rank, if it is no UserError;
-    then the other ranks end.
+    then the other ranks end. A rank without others ends when the process that launched it has.
     If it came of ranks that called different collectives, it says how those differ.
     """
     rank, world_size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
@@ -30,6 +32,8 @@ def watched(logs: Path, limits: Limits | None = None) -> Iterator[None]:
     if world_size > 1:
         dog = Watchdog(open_board, rank, world_size, logs, siblings=_siblings(rank), limits=limits)
         dog.start()
+    elif "TORCHELASTIC_RUN_ID" in os.environ:
+        _end_with_launcher()
     try:
         yield
     except KeyboardInterrupt:
@@ -48,6 +52,23 @@ def watched(logs: Path, limits: Limits | None = None) -> Iterator[None]:
         raise
     if dog is not None:
         dog.finish()
+
+
+def _end_with_launcher(seconds: float = 1.0) -> None:
+    """Have a rank without others end when the process that launched it has been killed: it lives in
+    a session of its own, and would train on beside the one that takes its run up again.
+    """
+    launcher = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(seconds)
+        print(
+            "the launching process has ended, and so does its worker", file=sys.stderr, flush=True
+        )
+        os._exit(1)
+
+    threading.Thread(target=watch, name="launcher", daemon=True).start()
 
 
 def _siblings(rank: int) -> range:
